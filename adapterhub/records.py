@@ -1,0 +1,114 @@
+"""What a version remembers about itself: the manifest and its parts.
+
+A manifest is canonical JSON; its sha256 is the identity of a version. It holds no wall-clock time of publishing, so
+publishing the same content twice gives the same manifest.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "BaseRecord",
+    "EvaluationRecord",
+    "Manifest",
+    "Method",
+    "MetricsPoint",
+    "TensorRecord",
+    "TrainingRecord",
+]
+
+
+class Method(StrEnum):
+    """The adapter methods; rsLoRA is `lora` with `use_rslora`."""
+
+    LORA = "lora"  # https://arxiv.org/abs/2106.09685
+    DORA = "dora"  # https://arxiv.org/abs/2402.09353
+    IA3 = "ia3"  # https://arxiv.org/abs/2205.05638
+    ADALORA = "adalora"  # https://arxiv.org/abs/2303.10512
+    VERA = "vera"  # https://arxiv.org/abs/2310.11454
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorRecord(_Record):
+    """One tensor of the adapter file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class BaseRecord(_Record):
+    """Which base the adapter belongs to."""
+
+    name: str
+    digest: str = Field(description="sha256 over weights, quantization, tokenizer and chat template.")
+    quantization: str
+    chat_template_digest: str
+
+
+class MetricsPoint(_Record):
+    """One line of the training curve."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    tokens_per_s: float
+    eval_loss: float | None = None
+
+
+class TrainingRecord(_Record):
+    """How the adapter came to be; enough to repeat the run."""
+
+    code_revision: str = Field(description="git revision with `-dirty` when files were changed, or the package version.")
+    recipe: dict[str, Any] = Field(description="The resolved recipe, every default filled in.")
+    data_digests: dict[str, str] = Field(description="sha256 of each data file.")
+    token_digest: str = Field(description="sha256 over token ids and labels of the training rows, in order.")
+    seed: int
+    packages: dict[str, str]
+    hardware: dict[str, str]
+    wall_time_s: float
+    num_train_tokens: int
+    num_trainable_parameters: int
+    metrics: tuple[MetricsPoint, ...]
+    parents: tuple[str, ...] = Field((), description="Serving digests of the versions this one started from.")
+
+
+class EvaluationRecord(_Record):
+    """Adapter against base on the same held-out rows."""
+
+    metric: str
+    num_rows: int
+    base_score: float
+    adapter_score: float
+    difference: float = Field(description="Mean of adapter minus base, row by row.")
+    interval_low: float
+    interval_high: float
+    confidence: float = 0.95
+    seed: int
+    data_digest: str
+
+
+class Manifest(_Record):
+    """Everything a version is. Its canonical JSON is hashed to the manifest digest."""
+
+    schema_version: Literal[1] = 1
+    task: str
+    method: Method
+    rank: int | None
+    alpha: float | None
+    target_modules: tuple[str, ...]
+    serving_digest: str
+    base: BaseRecord
+    files: dict[str, str] = Field(description="File name -> sha256 of the blob.")
+    config: dict[str, Any] = Field(description="Normalised adapter configuration: what changes outputs, nothing else.")
+    tensors: tuple[TensorRecord, ...]
+    training: TrainingRecord | None = None
+    evaluation: EvaluationRecord | None = None
+    signatures: tuple[str, ...] = ()
