@@ -1,0 +1,34 @@
+"""Put the command groups together and turn errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from adapterhub.errors import AdapterHubError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hub",
+    help="Train many adapters on one frozen base model and serve any mix of them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 130 interrupted."""
+    try:
+        app()
+    except AdapterHubError as error:
+        stderr = Console(stderr=True, soft_wrap=True)
+        stderr.print(f"[bold red]error[/] ({error.code}): {escape(error.what)}")
+        stderr.print(f"  {escape(error.hint)}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
