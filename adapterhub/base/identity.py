@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapterhub.digests import file_sha256
 from adapterhub.errors import BaseNotPulledError, UserInputError
 from adapterhub.records import BaseRecord
 from adapterhub.settings import Quantization
 
-__all__ = ["Base", "describe_base", "file_sha256"]
+__all__ = ["Base", "describe_base"]
 
-_HASH_CHUNK_BYTES = 1 << 20
 _QUANTIZATION_RECIPES: dict[Quantization, dict[str, Any]] = {
     # https://arxiv.org/abs/2305.14314, section 3: 4-bit NormalFloat, double quantization; blocks of 64 as in bitsandbytes.
     "nf4": {"type": "nf4", "double_quant": True, "block_size": 64},
@@ -27,6 +27,7 @@ _QUANTIZATION_RECIPES: dict[Quantization, dict[str, Any]] = {
     "none": {"type": "none"},
 }
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+_PASSING_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 _IDENTITY_CACHE = ".adapterhub-files.json"
 
 
@@ -54,15 +55,6 @@ class Base:
             quantization=self.quantization,
             chat_template_digest=self.chat_template_digest,
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Hash a file without reading it into memory at once; hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -133,8 +125,10 @@ def describe_base(name: str, folder: Path, quantization: Quantization) -> Base:
     weights = _weight_files(folder)
     tokenizer = [folder / file for file in _TOKENIZER_FILES if (folder / file).is_file()]
     template_digest = hashlib.sha256(_chat_template(folder).encode()).hexdigest()
+    # Keys that name the writer of the file, not the model, must not change the identity.
+    lasting = {key: value for key, value in config.items() if key not in _PASSING_CONFIG_KEYS}
     identity = {
-        "config": hashlib.sha256(config_path.read_bytes()).hexdigest(),
+        "config": lasting,
         "weights": _cached_digests(folder, weights),
         "tokenizer": {path.name: file_sha256(path) for path in tokenizer},
         "chat_template": template_digest,

@@ -1,0 +1,124 @@
+"""Look at this machine and say what is missing and how to get it. Knows packages, folders and ports, no tensors."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from adapterhub.base.catalogue import list_bases
+from adapterhub.errors import AdapterHubError
+from adapterhub.settings import Settings
+
+__all__ = ["Finding", "examine"]
+
+_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "fastapi", "uvicorn", "sqlalchemy", "openai")
+_TORCH_PIN = "2.13.0"
+# A run of the embedded base keeps float32 weights, NF4 source and optimizer state: about 2 GiB at its peak.
+_MIN_MEMORY_GIB = 4.0
+# Package download, GGUF file, converted base and runs together.
+_MIN_DISK_GIB = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    state: Literal["ok", "missing", "warning"]
+    detail: str
+    remedy: str = ""
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Run every check; a check never raises."""
+    checks: list[Callable[[Settings], Finding]] = [_python, _torch, _packages, _memory, _disk, _home, _base, _store]
+    return [check(settings) for check in checks]
+
+
+def _python(_: Settings) -> Finding:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info < (3, 11):
+        return Finding("python", "missing", version, "Install Python 3.11 or newer.")
+    return Finding("python", "ok", version)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch(_: Settings) -> Finding:
+    version = _version("torch")
+    if version is None:
+        return Finding("torch", "missing", "not installed", f"pip install torch=={_TORCH_PIN}")
+    if version.split("+")[0] != _TORCH_PIN:
+        remedy = f"pip install torch=={_TORCH_PIN}, the version the project is tested with."
+        return Finding("torch", "warning", version, remedy)
+    return Finding("torch", "ok", version)
+
+
+def _packages(_: Settings) -> Finding:
+    missing = [name for name in _PACKAGES if _version(name) is None]
+    if missing:
+        return Finding("packages", "missing", ", ".join(missing), "pip install -c constraints.txt -e .")
+    return Finding("packages", "ok", f"all {len(_PACKAGES)} present")
+
+
+def _memory(_: Settings) -> Finding:
+    try:
+        total_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return Finding("memory", "warning", "unknown on this system", f"Make sure {_MIN_MEMORY_GIB:.0f} GiB are free.")
+    detail = f"{total_gib:.1f} GiB, {os.cpu_count()} CPUs"
+    if total_gib < _MIN_MEMORY_GIB:
+        return Finding("memory", "warning", detail, f"Training the default base wants {_MIN_MEMORY_GIB:.0f} GiB.")
+    return Finding("memory", "ok", detail)
+
+
+def _disk(settings: Settings) -> Finding:
+    folder = settings.home
+    while not folder.exists():
+        folder = folder.parent
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    if free_gib < _MIN_DISK_GIB:
+        return Finding("disk", "warning", f"{free_gib:.1f} GiB free", f"Free {_MIN_DISK_GIB:.0f} GiB or set ADAPTERHUB_HOME.")
+    return Finding("disk", "ok", f"{free_gib:.0f} GiB free")
+
+
+def _home(settings: Settings) -> Finding:
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        return Finding("home", "missing", f"{settings.home}: {exc.strerror}", "Set ADAPTERHUB_HOME to a writable folder.")
+    if not os.access(settings.home, os.W_OK):
+        return Finding("home", "missing", f"{settings.home} is not writable", "Set ADAPTERHUB_HOME to a writable folder.")
+    return Finding("home", "ok", str(settings.home))
+
+
+def _base(settings: Settings) -> Finding:
+    here = [listing.name for listing in list_bases(settings) if listing.is_pulled]
+    if not here:
+        return Finding("base", "missing", "no base pulled", "hub base pull")
+    return Finding("base", "ok", ", ".join(here))
+
+
+def _store(settings: Settings) -> Finding:
+    if not settings.store_dir.is_dir():
+        return Finding("store", "ok", "empty; the first publish creates it")
+    from adapterhub.store import Store
+
+    try:
+        store = Store.open(settings.store_dir)
+        num_rows = store.verify_log()
+        num_versions = len(store.versions())
+        store.close()
+    except AdapterHubError as exc:
+        return Finding("store", "missing", exc.what, exc.hint)
+    return Finding("store", "ok", f"{num_versions} versions, log of {num_rows} rows intact")
