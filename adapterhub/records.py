@@ -66,7 +66,9 @@ class MetricsPoint(_Record):
 class TrainingRecord(_Record):
     """How the adapter came to be; enough to repeat the run."""
 
-    code_revision: str = Field(description="git revision with `-dirty` when files were changed, or the package version.")
+    code_revision: str = Field(
+        description="git revision with `-dirty` when files were changed, or the package version."
+    )
     recipe: dict[str, Any] = Field(description="The resolved recipe, every default filled in.")
     data_digests: dict[str, str] = Field(description="sha256 of each data file.")
     token_digest: str = Field(description="sha256 over token ids and labels of the training rows, in order.")

@@ -29,11 +29,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     home: Path = Field(
-        default_factory=lambda: Path.home() / ".adapterhub", description="Folder of bases, data assets, runs and the store."
+        default_factory=lambda: Path.home() / ".adapterhub",
+        description="Folder of bases, data assets, runs and the store.",
     )
     base: str = Field("smollm2-135m-instruct", min_length=1, description="Base model: short name, hub id or folder.")
     quantization: Quantization = Field("nf4", description="How the frozen base is quantized.")
-    recipes: Path | None = Field(None, description="Extra folder of <task>/recipe.yaml, searched before the shipped ones.")
+    recipes: Path | None = Field(
+        None, description="Extra folder of <task>/recipe.yaml, searched before the shipped ones."
+    )
     threads: int = Field(0, ge=0, le=512, description="CPU threads of torch; 0 leaves torch's own choice.")
 
     @property
@@ -81,7 +84,10 @@ def _layers(overrides: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Merge defaults, file, environment and command line. Raises SettingsError naming the key, the value and the choices."""
+    """Merge defaults, file, environment and command line.
+
+    Raises SettingsError naming the key, the value and the choices.
+    """
     merged: dict[str, Any] = {}
     for source, values in _layers({key: value for key, value in overrides.items() if value is not None}):
         for key, value in values.items():

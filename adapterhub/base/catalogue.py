@@ -1,7 +1,7 @@
 """Name a base and bring it here: a short name from the catalogue, a Hugging Face id, or a local folder.
 
-The embedded default is SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737, Apache-2.0), whose GGUF file ships inside
-a Python package; it is converted once to safetensors.
+The embedded default is SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737, Apache-2.0), whose GGUF file ships
+inside a Python package; it is converted once to safetensors.
 """
 
 from __future__ import annotations

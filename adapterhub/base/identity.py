@@ -5,6 +5,7 @@ Knows files and their hashes. Does not load weights; see `loading.py` for that.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from adapterhub.settings import Quantization
 __all__ = ["Base", "describe_base"]
 
 _QUANTIZATION_RECIPES: dict[Quantization, dict[str, Any]] = {
-    # https://arxiv.org/abs/2305.14314, section 3: 4-bit NormalFloat, double quantization; blocks of 64 as in bitsandbytes.
+    # https://arxiv.org/abs/2305.14314, section 3: 4-bit NormalFloat, double quantization; 64 weights per block.
     "nf4": {"type": "nf4", "double_quant": True, "block_size": 64},
     # https://arxiv.org/abs/2208.07339: vector-wise int8; we keep the rounded weights and multiply in floating point.
     "int8": {"type": "int8", "axis": "row"},
@@ -84,10 +85,8 @@ def _cached_digests(folder: Path, files: list[Path]) -> dict[str, str]:
         result[path.name] = digest
         fresh[path.name] = [*stamp, digest]
     if fresh != cache:
-        try:
+        with contextlib.suppress(OSError):  # A read-only base folder costs a hash at each start, nothing else.
             cache_path.write_text(json.dumps(fresh), encoding="utf-8")
-        except OSError:
-            pass  # A read-only base folder costs a hash at each start, nothing else.
     return result
 
 

@@ -38,8 +38,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 def load_model(base: Base, *, device: str = "cpu", keep_quantized: bool | None = None) -> PreTrainedModel:
     """Load the frozen base in float32 arithmetic, in eval mode, without gradients.
 
-    keep_quantized: True keeps bitsandbytes layers, which unpack their weights at every step; False replaces them by plain
-    linears that hold the dequantized values, the same numbers. None means True on CUDA and False on CPU.
+    keep_quantized: True keeps bitsandbytes layers, which unpack their weights at every step; False replaces them by
+    plain linears that hold the dequantized values, the same numbers. None means True on CUDA and False on CPU.
     """
     import torch
     from transformers import AutoModelForCausalLM

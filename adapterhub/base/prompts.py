@@ -1,4 +1,7 @@
-"""Turn messages into token ids. Training, evaluation and serving call the same functions, so their prompts cannot differ."""
+"""Turn messages into token ids.
+
+Training, evaluation and serving call the same functions, so their prompts cannot differ.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `hub` command. Each module holds one group; heavy imports happen inside commands, so that `hub --help` is quick."""
+"""The `hub` command: one module per group; heavy imports happen inside commands, so that `hub --help` is quick."""
 
 from adapterhub.cli.main import app, main
 

@@ -19,7 +19,9 @@ def register(app: typer.Typer) -> None:
 
 @base_app.command()
 def pull(
-    name: Annotated[str | None, typer.Argument(help="Short name, hub id or folder; the configured base by default.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Short name, hub id or folder; the configured base by default.")
+    ] = None,
     quantization: Annotated[str | None, typer.Option(help="nf4, int8 or none; part of the digest.")] = None,
 ) -> None:
     """Fetch a base, check it, convert it to safetensors and print its digest."""
@@ -45,7 +47,9 @@ def list_(json_: Annotated[bool, typer.Option("--json", help="One JSON array on 
 
     listings = list_bases(load_settings())
     if json_:
-        rows = [{"name": b.name, "pulled": b.is_pulled, "folder": str(b.folder), "licence": b.licence} for b in listings]
+        rows = [
+            {"name": b.name, "pulled": b.is_pulled, "folder": str(b.folder), "licence": b.licence} for b in listings
+        ]
         typer.echo(json.dumps(rows))
         return
     from rich.console import Console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import typer
@@ -12,6 +13,8 @@ from adapterhub.errors import AdapterHubError
 
 __all__ = ["app", "main"]
 
+_GROUPS = ("train", "evaluate", "data", "adapters", "alias", "audit", "serve", "base", "config", "doctor")
+
 app = typer.Typer(
     name="hub",
     help="Train many adapters on one frozen base model and serve any mix of them.",
@@ -19,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+for _group in _GROUPS:
+    importlib.import_module(f"adapterhub.cli.{_group}").register(app)
 
 
 def main() -> None:
