@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` and `make test`. Both do only what is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := adapterhub trainer server adapters benchmarks examples tests
+
+.PHONY: help install install-test base demo check test test-slow format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "AdapterHub needs Python 3.11 or newer, found " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --progress-bar off -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) install --quiet --progress-bar off -c constraints.txt -e '.[test]'
+	touch $@
+
+install: $(VENV)/installed ## make .venv and install what running needs
+
+install-test: $(VENV)/installed-test ## also install what the tests need
+
+base: install ## pull the embedded base model
+	$(BIN)/hub base pull >/dev/null
+
+demo: base ## train two adapters, serve them beside the bare base, print the answers and the gain
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+check: install-test ## format, lint, types, import contracts
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+test: check base ## everything CI runs
+	$(BIN)/pytest -m "not slow"
+
+test-slow: install-test base ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+format: install-test ## format and fix what can be fixed
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+clean: ## remove the virtual environment and caches, not your adapters
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,143 @@
+"""Train two adapters, serve them with the bare base from one process, and show answers and gains side by side.
+
+Uses only what a user has: the `hub` command and the official `openai` client. Versions that exist are reused; pass
+`--retrain` for new ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import AsyncOpenAI
+from rich.console import Console
+from rich.table import Table
+
+TASKS = ("summarize", "math")
+_HUB = str(Path(sys.executable).with_name("hub"))
+_START_TIMEOUT_S = 120
+_STOP_TIMEOUT_S = 20
+_NUM_PROMPTS = 2
+_console = Console()
+
+
+def hub_json(*arguments: str) -> Any:
+    """Run a `hub` command with --json and return what it printed."""
+    done = subprocess.run([_HUB, *arguments, "--json"], stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout)
+
+
+def train_missing(*, retrain: bool) -> None:
+    """Train each task that has no published version yet, or all of them."""
+    published = {version["task"] for version in hub_json("adapters", "list")}
+    for task in TASKS:
+        if task in published and not retrain:
+            _console.print(f"[bold]{task}[/] is published already; `make demo DEMO_ARGS=--retrain` trains it again.")
+            continue
+        _console.rule(f"hub train --task {task}")
+        subprocess.run([_HUB, "train", "--task", task], check=True)
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """Start `hub serve` on a free port, yield its address, and stop it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([_HUB, "serve", "--port", str(port)])
+    try:
+        wait_ready(process, f"http://127.0.0.1:{port}/health/ready")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def wait_ready(process: subprocess.Popen[bytes], address: str) -> None:
+    """Return when the server answers 200; stop the demo when it ended or takes too long."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            sys.exit(f"hub serve ended with exit code {process.returncode}; its messages are above.")
+        try:
+            if httpx.get(address, timeout=1).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    sys.exit(f"hub serve was not ready after {_START_TIMEOUT_S} s.")
+
+
+def held_out_prompts() -> list[tuple[str, str]]:
+    """(task, prompt) pairs no adapter was trained on, alternating between the tasks."""
+    rows = [hub_json("data", "sample", task, "--rows", str(_NUM_PROMPTS)) for task in TASKS]
+    return [(task, sample["prompt"]) for samples in zip(*rows, strict=True) for task, sample in zip(TASKS, samples, strict=True)]
+
+
+async def ask(client: AsyncOpenAI, adapter: str, prompt: str) -> tuple[str, str]:
+    """Return (answer, version that gave it)."""
+    answer = await client.chat.completions.create(
+        model="base",
+        messages=[{"role": "user", "content": prompt}],
+        max_tokens=48,
+        temperature=0,
+        extra_body={"adapter": adapter},
+    )
+    served = (answer.model_extra or {}).get("adapter") or {}
+    return (answer.choices[0].message.content or "").strip(), served.get("label", adapter)
+
+
+async def show_answers(address: str) -> None:
+    """Send every prompt to its adapter and to the bare base, all at once, and print the answers side by side."""
+    client = AsyncOpenAI(base_url=address, api_key="none", max_retries=0)
+    pairs = held_out_prompts()
+    start = time.monotonic()
+    calls = [ask(client, adapter, prompt) for task, prompt in pairs for adapter in (task, "base")]
+    answers = await asyncio.gather(*calls)
+    _console.rule(f"{len(calls)} requests, {len(TASKS)} adapters and the base, in {time.monotonic() - start:.1f} s")
+    for index, (_, prompt) in enumerate(pairs):
+        tuned, bare = answers[2 * index], answers[2 * index + 1]
+        table = Table("who", "answer", title=prompt if len(prompt) < 400 else f"{prompt[:400]} ...", title_justify="left")
+        table.add_row(tuned[1], tuned[0])
+        table.add_row("base", bare[0])
+        _console.print(table)
+
+
+def show_gains() -> None:
+    """Print what each adapter gained over the base on held-out rows, as stored with its version."""
+    table = Table("version", "metric", "rows", "base", "adapter", "difference, 95 % interval", title="Measured on held-out rows")
+    for task in TASKS:
+        shown = hub_json("adapters", "show", task)
+        e = shown["manifest"]["evaluation"]
+        interval = f"{e['difference']:+.3f} [{e['interval_low']:+.3f}, {e['interval_high']:+.3f}]"
+        cells = (e["metric"], str(e["num_rows"]), f"{e['base_score']:.3f}", f"{e['adapter_score']:.3f}", interval)
+        table.add_row(shown["version"], *cells)
+    _console.print(table)
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--retrain", action="store_true", help="train even where a version exists")
+    train_missing(retrain=parser.parse_args().retrain)
+    with server() as address:
+        asyncio.run(show_answers(address))
+    show_gains()
+
+
+if __name__ == "__main__":
+    main()
