@@ -92,9 +92,15 @@ class AdapterHubError(Exception):
     code: ClassVar[str] = "internal"
     http_status: ClassVar[int] = 500
     exit_code: ClassVar[int] = 1
+    param: str | None = None  # The field of a request that is at fault.
 
     def __init__(self, what: str, hint: str) -> None:
         super().__init__(what, hint)
+
+    def at(self, param: str) -> Self:
+        """Name the field of a request that is at fault, and return the error itself."""
+        self.param = param
+        return self
 
     @property
     def what(self) -> str:

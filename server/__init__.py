@@ -1,0 +1,1 @@
+"""Serve one base model and any mix of adapters from one process."""

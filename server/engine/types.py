@@ -1,0 +1,158 @@
+"""What the HTTP layer and an engine say to each other. Knows no tensors, names, files or HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from adapterhub.errors import AdapterHubError
+
+__all__ = [
+    "AdapterHandle",
+    "Engine",
+    "EngineStatus",
+    "ErrorEvent",
+    "Event",
+    "FinishEvent",
+    "FinishReason",
+    "GenerateRequest",
+    "SamplingParams",
+    "TokenEvent",
+    "TokenLogprob",
+    "TokenScore",
+]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the answer is drawn.
+
+    temperature: 0 means greedy. seed: None draws a fresh one. stop: strings that end the answer and are not part of it.
+    logprobs: None for none, otherwise the number of alternatives reported beside each chosen token.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterHandle:
+    """One published adapter. digest: serving digest, the identity; view: its PEFT folder; label: for people only."""
+
+    digest: str
+    view: Path
+    label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One answer to generate. adapter: None means the bare base."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    adapter: AdapterHandle | None
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """One token of the vocabulary. raw: its bytes, which need not be whole characters; logprob: natural logarithm."""
+
+    token_id: int
+    text: str
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The chosen token and its best alternatives, best first."""
+
+    chosen: TokenScore
+    top: tuple[TokenScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token. The texts of all events of a request, joined, are its answer.
+
+    text: may be empty (half a character, the possible beginning of a stop string, a special token) and may hold text
+    that earlier tokens held back. logprob: None unless asked for, and for the token that ends the answer.
+    """
+
+    text: str
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FinishEvent:
+    """The answer is complete. num_completion_tokens counts token events, the ending token included."""
+
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorEvent:
+    """The request failed; tokens sent before are not a complete answer."""
+
+    error: AdapterHubError
+
+
+Event = TokenEvent | FinishEvent | ErrorEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """What probes and admission look at. retry_after_s: when a refused caller may try again, from the measured rate."""
+
+    is_ready: bool
+    num_running: int
+    num_waiting: int
+    retry_after_s: int
+
+
+class Engine(Protocol):
+    """Generates answers. Implemented by `NativeEngine` and, for tests, by `FakeEngine`."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt plus answer of one request."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Yield token events and then exactly one FinishEvent or ErrorEvent. Closing the generator cancels the request.
+
+        Raises OverloadedError before the first event when the queue is full or the engine is not running.
+        """
+        ...
+
+    async def load(self, handle: AdapterHandle) -> None:
+        """Bring an adapter close to the device before anyone asks for it. Raises AdapterLoadError."""
+        ...
+
+    async def start(self) -> None:
+        """Begin to work; a second call does nothing."""
+        ...
+
+    async def stop(self) -> None:
+        """End every request in flight with an ErrorEvent and stop; a second call does nothing."""
+        ...
+
+    def resident(self) -> list[str]:
+        """Digests that are on the device or on the host."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """Say how busy the engine is."""
+        ...

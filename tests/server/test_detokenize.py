@@ -1,0 +1,104 @@
+"""Text comes out in whole characters, and never contains a stop string or half of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapterhub.base.loading import load_tokenizer
+from server.engine.detokenize import Detokenizer, StopFilter, TokenTexts
+from tests.support.tiny_models import build_base
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    return load_tokenizer(build_base(Path(tmp_path_factory.mktemp("base"))))
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_character_of_several_tokens_appears_when_it_is_whole(tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.add(token_id) for token_id in _encode(tokenizer, "aé€😀b")]
+    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀", "b"]
+    assert detokenizer.flush() == ""
+
+
+def test_half_a_character_at_the_end_becomes_a_replacement_character(tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.add(token_id) for token_id in _encode(tokenizer, "x😀")[:-1]]
+    assert "".join(pieces) == "x"
+    assert detokenizer.flush() == "\ufffd"
+
+
+def test_special_tokens_have_no_text(tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.add(token_id) for token_id in (tokenizer.eos_token_id, *_encode(tokenizer, "hi"))] == [
+        "",
+        "h",
+        "i",
+    ]
+
+
+@given(data=st.lists(st.one_of(st.integers(0, 258), st.sampled_from(list("é😀 a\n".encode()))), max_size=60))
+def test_joined_pieces_equal_the_decoded_answer_for_any_tokens(tokenizer, data: list[int]) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    text = "".join(detokenizer.add(token_id) for token_id in data) + detokenizer.flush()
+    assert text == tokenizer.decode(data, skip_special_tokens=True)
+
+
+@given(text=st.text(max_size=40))
+def test_no_piece_ever_holds_a_part_of_a_character(tokenizer, text: str) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.add(token_id) for token_id in _encode(tokenizer, text)]
+    assert "".join(pieces) + detokenizer.flush() == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_stop_string_across_tokens_is_cut_exactly() -> None:
+    stop = StopFilter(("###", "END"))
+    pieces = [stop.add(text) for text in ("ab#", "#c", "#", "#", "#d")]
+    assert pieces == ["ab", "##c", "", "", ""]
+    assert stop.is_stopped
+    assert stop.flush() == ""
+
+
+def test_text_that_may_begin_a_stop_string_is_released_at_the_end() -> None:
+    stop = StopFilter(("\n\n",))
+    assert [stop.add("one\n"), stop.add("two\n")] == ["one", "\ntwo"]
+    assert stop.flush() == "\n"
+    assert not stop.is_stopped
+
+
+def test_the_stop_string_that_is_complete_first_wins() -> None:
+    stop = StopFilter(("cd", "bc"))
+    assert stop.add("abcde") == "a"
+    assert stop.add("more") == ""
+
+
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(0, 30), max_size=6),
+)
+def test_cutting_the_text_into_tokens_changes_nothing(text: str, stops: list[str], cuts: list[int]) -> None:
+    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    stop = StopFilter(stops)
+    answer = "".join(stop.add(text[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)) + stop.flush()
+    # Whichever stop string is complete first ends the answer; of two that end together the longer one.
+    ends = [(idx + len(s), idx) for s in stops if (idx := text.find(s)) >= 0]
+    assert answer == (text[: min(ends)[1]] if ends else text)
+    assert stop.is_stopped == bool(ends)
+
+
+def test_token_bytes_are_exact_even_for_parts_of_characters(tokenizer) -> None:
+    texts = TokenTexts(tokenizer)
+    ids = _encode(tokenizer, "é ")
+    assert b"".join(texts.raw(token_id) for token_id in ids) == "é ".encode()
+    assert texts.text(ids[0]) == "\ufffd"
+    assert texts.text(tokenizer.eos_token_id) == "<|im_end|>"
