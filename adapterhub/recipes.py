@@ -21,6 +21,7 @@ from adapterhub.records import Method
 from adapterhub.settings import Settings
 
 __all__ = [
+    "METHOD_KEYS",
     "DataSource",
     "FieldSource",
     "Filter",
@@ -40,6 +41,7 @@ __all__ = [
 
 _TASK_PATTERN = re.compile(r"[a-z][a-z0-9_-]{0,62}\Z")
 _FILE_NAME = "recipe.yaml"
+METHOD_KEYS = ("alpha", "learning_rate", "rank", "rank_stabilized", "weight_decay")
 
 
 class _Model(BaseModel):
@@ -188,7 +190,7 @@ class Recipe(_Model):
     description: str = ""
     data: DataSource
     fields: dict[str, FieldSource] = Field(
-        {}, description="Prompt variable -> column, or column with pattern and values."
+        default={}, description="Prompt variable -> column, or column with pattern and values."
     )
     filter: Filter = Filter()
     split: Split = Split()
@@ -238,12 +240,14 @@ class Recipe(_Model):
     def resolve(self, *, method: Method | None = None, changes: Mapping[str, str] | None = None) -> Recipe:
         """Return the recipe for one run: method chosen, its overrides merged, then `changes` applied.
 
+        The keys of `training` in METHOD_KEYS were chosen for the recipe's own method; another method starts without them.
         changes: dotted key -> YAML text, such as {"training.rank": "8"}. Raises RecipeError naming unknown keys.
         """
         raw = self.model_dump(mode="json")
         chosen = method or self.method
         overrides = self.methods.get(chosen, TrainingChanges()).model_dump(mode="json", exclude_none=True)
-        raw.update(method=str(chosen), methods={}, training=raw["training"] | overrides)
+        fresh = {} if chosen == self.method else Training().model_dump(mode="json", include=set(METHOD_KEYS))
+        raw.update(method=str(chosen), methods={}, training=raw["training"] | fresh | overrides)
         for key, text in (changes or {}).items():
             _put(raw, key, text)
         return parse_recipe(raw, where="--set" if changes else f"recipe {self.task}")
@@ -300,7 +304,8 @@ def parse_recipe(raw: object, *, where: str) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as exc:
         faults = [_fault(error) for error in exc.errors()]
-        raise RecipeError(f"{where}: {'; '.join(fault for fault, _ in faults)}.", faults[0][1]) from exc
+        what = "; ".join(fault for fault, _ in faults)
+        raise RecipeError(f"{where}: {what}" + ("" if what.endswith(("?", ".")) else "."), faults[0][1]) from exc
 
 
 def _fault(error: Mapping[str, Any]) -> tuple[str, str]:

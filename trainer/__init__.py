@@ -1,0 +1,8 @@
+"""Train an adapter, measure it against the base, publish it when it is better.
+
+Uses the core (recipes, base, store). Does not know the server. Import the submodules; they load torch when they need it.
+"""
+
+from __future__ import annotations
+
+__all__: list[str] = []
