@@ -207,5 +207,5 @@ def _from_url(asset: Asset, scratch: Path) -> Path:
             for chunk in response.iter_bytes():
                 sink.write(chunk)
     except httpx.HTTPError as exc:
-        raise _failed(asset, f"{exc}.") from exc
+        raise _failed(asset, f"{str(exc).splitlines()[0]}.") from exc
     return target
