@@ -1,7 +1,7 @@
 """Which rows form the batch of each step, and how they become tensors.
 
-Rows of similar length share a batch, because padding is arithmetic for nothing. The whole plan is fixed before the first
-step, so it depends on lengths and seed only.
+Rows of similar length share a batch, because padding is arithmetic for nothing. The whole plan is fixed before the
+first step, so it depends on lengths and seed only.
 """
 
 from __future__ import annotations

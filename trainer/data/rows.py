@@ -1,7 +1,7 @@
 """Read JSON lines and turn each row into a question and its answer, before any model is loaded.
 
-Every row is looked at and all faults are collected: a run that starts has no bad row. Knows files and recipes; does not
-know tokens. Accepted rows without a recipe: {prompt, completion}, {messages}, {conversations}, {instruction, input, output}.
+Every row is looked at and all faults are collected: a run that starts has no bad row. Knows files and recipes; does
+not know tokens. Rows that bring their own prompts may have any of the formats in `_FORMATS`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "ass
 _FORMATS = "{prompt, completion}, {messages}, {conversations} or {instruction, input, output}"
 
 
-class _Fault(Exception):
+class _FaultError(Exception):
     """What is wrong with one row; becomes one line of the DataError."""
 
 
-class _LeftOut(Exception):
+class _LeftOutError(Exception):
     """The row is fine, but the recipe does not want it."""
 
 
@@ -53,7 +53,7 @@ class ParsedRows:
 
 
 def read_examples(path: Path, recipe: Recipe) -> ParsedRows:
-    """Read every row of `path` as `recipe` says. Raises DataError with file:line of the first faults and their number."""
+    """Read every row of `path` as `recipe` says. Raises DataError with file:line of the faults."""
     examples: list[Example] = []
     faults: list[str] = []
     num_rows = num_left_out = 0
@@ -61,9 +61,9 @@ def read_examples(path: Path, recipe: Recipe) -> ParsedRows:
         num_rows += 1
         try:
             examples.append(_example(line, _parse_json(text), recipe))
-        except _LeftOut:
+        except _LeftOutError:
             num_left_out += 1
-        except _Fault as fault:
+        except _FaultError as fault:
             faults.append(f"{path}:{line}: {fault}")
     if num_rows == 0:
         raise DataError(f"{path} holds no rows.", f"Write one JSON object per line: {_FORMATS}.")
@@ -100,9 +100,9 @@ def _parse_json(text: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as exc:
-        raise _Fault(f"malformed JSON, {exc.msg} at column {exc.colno}") from exc
+        raise _FaultError(f"malformed JSON, {exc.msg} at column {exc.colno}") from exc
     if not isinstance(row, dict):
-        raise _Fault(f"a row must be a JSON object, found {_kind(row)}")
+        raise _FaultError(f"a row must be a JSON object, found {_kind(row)}")
     return row
 
 
@@ -118,28 +118,28 @@ def _example(line: int, row: dict[str, Any], recipe: Recipe) -> Example:
         return Example(line, {}, messages, _answer(target, "completion"), group)
     variables = {name: _value(row, name, source) for name, source in recipe.fields.items()}
     if not recipe.prompt.template.format_map(variables).strip():
-        raise _Fault("the prompt is empty")
+        raise _FaultError("the prompt is empty")
     target = str(recipe.target).format_map(variables)
     return Example(line, variables, (), _answer(target, "target"), group)
 
 
 def _answer(target: str, name: str) -> str:
     if not target.strip():
-        raise _Fault(f"the {name} is empty")
+        raise _FaultError(f"the {name} is empty")
     return target.strip()
 
 
 def _column(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
         hint = suggest(column, row, otherwise=f"The row has: {', '.join(row) or 'nothing'}.")
-        raise _Fault(f"column {column!r} is missing. {hint}")
+        raise _FaultError(f"column {column!r} is missing. {hint}")
     return row[column]
 
 
 def _scalar(row: Mapping[str, Any], column: str) -> str:
     value = _column(row, column)
     if not isinstance(value, (str, int, float)):
-        raise _Fault(f"column {column!r} must be text or a number, found {_kind(value)}")
+        raise _FaultError(f"column {column!r} must be text or a number, found {_kind(value)}")
     return str(value)
 
 
@@ -148,15 +148,15 @@ def _value(row: Mapping[str, Any], name: str, source: FieldSource) -> str:
     if source.pattern is not None:
         match = re.search(source.pattern, text)
         if match is None:
-            raise _LeftOut
+            raise _LeftOutError
         text = match.group(1) if match.re.groups else match.group(0)
     if source.values is not None:
         if text not in source.values:
             allowed = ", ".join(sorted(source.values))
-            raise _Fault(f"column {source.column!r} has the value {text!r}; the recipe allows: {allowed}")
+            raise _FaultError(f"column {source.column!r} has the value {text!r}; the recipe allows: {allowed}")
         text = source.values[text]
     if not text:
-        raise _Fault(f"column {source.column!r}, used as {name!r}, is empty")
+        raise _FaultError(f"column {source.column!r}, used as {name!r}, is empty")
     return text
 
 
@@ -177,36 +177,36 @@ def _free_form(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], str]:
             _check_order(messages, "prompt")
             return messages, _text(row, "completion", is_answer=True)
         return ({"role": "user", "content": _text(row, "prompt")},), _text(row, "completion", is_answer=True)
-    raise _Fault(f"unknown row format with keys {', '.join(row) or 'none'}; allowed: {_FORMATS}")
+    raise _FaultError(f"unknown row format with keys {', '.join(row) or 'none'}; allowed: {_FORMATS}")
 
 
 def _text(row: Mapping[str, Any], column: str, *, is_answer: bool = False) -> str:
     value = _column(row, column)
     if not isinstance(value, str):
-        raise _Fault(f"{column!r} must be text, found {_kind(value)}")
+        raise _FaultError(f"{column!r} must be text, found {_kind(value)}")
     if not is_answer and not value.strip():
-        raise _Fault(f"{column!r} is empty")
+        raise _FaultError(f"{column!r} is empty")
     return value
 
 
 def _conversation(turns: Any, name: str, role_key: str, text_key: str) -> tuple[tuple[Message, ...], str]:
     if not isinstance(turns, list) or len(turns) < 2:
-        raise _Fault(f"{name!r} must be a list of at least a question and an answer")
+        raise _FaultError(f"{name!r} must be a list of at least a question and an answer")
     messages = tuple(_turn(turn, name, role_key, text_key) for turn in turns)
     if messages[-1]["role"] != "assistant":
-        raise _Fault(f"{name!r} must end with an answer of the assistant, found role {messages[-1]['role']!r}")
+        raise _FaultError(f"{name!r} must end with an answer of the assistant, found role {messages[-1]['role']!r}")
     _check_order(messages[:-1], name)
     return messages[:-1], messages[-1]["content"]
 
 
 def _turn(turn: Any, name: str, role_key: str, text_key: str) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str) or not isinstance(turn.get(text_key), str):
-        raise _Fault(f"each turn of {name!r} must have {role_key!r} and {text_key!r} as text")
+        raise _FaultError(f"each turn of {name!r} must have {role_key!r} and {text_key!r} as text")
     role = _ROLES.get(turn[role_key])
     if role is None:
-        raise _Fault(f"role {turn[role_key]!r} in {name!r}; allowed: {', '.join(_ROLES)}")
+        raise _FaultError(f"role {turn[role_key]!r} in {name!r}; allowed: {', '.join(_ROLES)}")
     if not turn[text_key].strip():
-        raise _Fault(f"a turn of {name!r} with role {turn[role_key]!r} is empty")
+        raise _FaultError(f"a turn of {name!r} with role {turn[role_key]!r} is empty")
     return {"role": role, "content": turn[text_key]}
 
 
@@ -216,6 +216,6 @@ def _check_order(messages: Sequence[Message], name: str) -> None:
     body = roles[1:] if roles[:1] == ["system"] else roles
     expected = ["user" if idx % 2 == 0 else "assistant" for idx in range(len(body))]
     if not body or body != expected or body[-1] != "user":
-        raise _Fault(
+        raise _FaultError(
             f"roles in {name!r} must be [system,] user, assistant, user, ...; found {', '.join(roles) or 'none'}"
         )

@@ -1,7 +1,8 @@
 """Turn examples into token ids and labels, and prove that the labels are right.
 
-The prompt is rendered by `adapterhub.base.prompts`, the same functions the server calls. The answer is tokenized on its own,
-because that is where generation starts, and ends with the stop token of the chat template. Only the answer has labels.
+The prompt is rendered by `adapterhub.base.prompts`, the same functions the server calls. The answer is tokenized on its
+own, because that is where generation starts, and ends with the stop token of the chat template. Only the answer has
+labels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
+# ruff: noqa: ARG002 - the parameters are those of the callback interface
 """Drive AdaLoRA: allocate ranks after each step, add the orthogonality term, and say which ranks are left.
 
-TRL computes its loss from log-probabilities and never calls AdaLoRA's allocator, so without this driver AdaLoRA is LoRA with
-extra parameters. Source: https://arxiv.org/abs/2303.10512, sections 3.1 (orthogonality) and 3.3 (budget).
+TRL computes its loss from log-probabilities and never calls AdaLoRA's allocator, so without this driver AdaLoRA is LoRA
+with extra parameters. Source: https://arxiv.org/abs/2303.10512, sections 3.1 (orthogonality) and 3.3 (budget).
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ class AdaLoraDriver(TrainerCallback):
     """Update importance scores and cut ranks while the gradients of the step are still there."""
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
         """Called after the optimizer stepped and before gradients are cleared."""
         kwargs["model"].base_model.update_and_allocate(state.global_step + 1)
@@ -45,4 +50,4 @@ def fully_pruned(model: Any) -> frozenset[str]:
         raise TrainingError(
             "AdaLoRA allocated no ranks.", "Raise `training.max_steps`; see `trainer/methods/configs.py`."
         )
-    return frozenset(name for name, kept in pattern.items() if not any(kept))
+    return frozenset(f"base_model.model.{name}" for name, kept in pattern.items() if not any(kept))

@@ -1,6 +1,7 @@
 """Build the PEFT configuration of a recipe's method, with nothing left to a library default that changes results.
 
-Knows PEFT and the module names of the base; loads no weights. PEFT's `target_modules=None` would mean query and value only.
+Knows PEFT and the module names of the base; loads no weights. PEFT's `target_modules=None` would mean query and value
+only.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
 from adapterhub.base import Base
 from adapterhub.errors import RecipeError, suggest
-from adapterhub.records import Method
 from adapterhub.recipes import Recipe
+from adapterhub.records import Method
 from trainer.methods.profiles import VERA_PROJECTION_KEY
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """Guards that keep a run from being a silent no-op.
 
-Traps of TRL 1.16 with PEFT 0.21 and bitsandbytes 0.50, each kept by a test: trainable parameters of a 4-bit base are cast to
-bfloat16, whose step near 1.0 swallows IA3's updates; bitsandbytes repacks weights in the first evaluation on some CPUs and
-then gives no gradients; AdaLoRA's ranks adapt only when someone drives them.
+Traps of TRL 1.16 with PEFT 0.21 and bitsandbytes 0.50: trainable parameters of a 4-bit base are cast to bfloat16, whose
+step near 1.0 swallows IA3's updates; bitsandbytes repacks weights in the first evaluation on some CPUs and then gives
+no gradients; a tensor that no gradient reaches stays as it was, without a word.
 """
 
 from __future__ import annotations

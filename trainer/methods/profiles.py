@@ -1,8 +1,8 @@
 """What each adapter method needs when the recipe says nothing: rank, strength, learning rate, weight decay.
 
-One learning rate for all would make IA3, VeRA and AdaLoRA look broken; they need rates up to 50 times those of LoRA (PEFT's
-own comparison, method_comparison/MetaMathQA in https://github.com/huggingface/peft, shows 31 against 45 percent for IA3).
-Knows numbers only.
+One learning rate for all would make IA3, VeRA and AdaLoRA look broken; they need rates up to 50 times those of LoRA.
+PEFT's own comparison (method_comparison/MetaMathQA in https://github.com/huggingface/peft) shows 31 against 45 percent
+for IA3. Knows numbers only.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adapterhub.errors import RecipeError
-from adapterhub.records import Method
 from adapterhub.recipes import Recipe
+from adapterhub.records import Method
 
 __all__ = ["PROFILES", "VERA_PROJECTION_KEY", "Profile", "fill_in"]
 

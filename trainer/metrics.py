@@ -1,0 +1,96 @@
+"""Score answers against references, row by row, and say how sure a paired difference is.
+
+Knows text and numbers; no tokens, no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, assert_never
+
+from adapterhub.recipes import Recipe
+
+__all__ = ["PairedDifference", "build_scorer", "find_label", "find_number", "paired_difference"]
+
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """Mean of (second minus first) over rows with its t interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_rows: int
+
+
+def build_scorer(recipe: Recipe) -> Callable[[str, str], float]:
+    """Return score(answer, reference) in [0, 1] for the metric of the recipe."""
+    match recipe.metric:
+        case "rouge_l":
+            return _rouge_l
+        case "accuracy":
+            labels = recipe.labels
+            return lambda answer, reference: _equal(find_label(answer, labels), find_label(reference, labels))
+        case "number":
+            return lambda answer, reference: _equal(find_number(answer), find_number(reference))
+    assert_never(recipe.metric)
+
+
+def _equal(found: object, expected: object) -> float:
+    return float(found is not None and found == expected)
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L F1 (Lin 2004, https://aclanthology.org/W04-1013) on stemmed words."""
+    return float(_rouge().score(reference, answer)["rougeL"].fmeasure)
+
+
+def find_label(text: str, labels: Sequence[str]) -> str | None:
+    """Return the label that occurs first in text as a whole word, whatever its case; None when none does.
+
+    Labels of one letter must match in case, or the article "a" would be an answer.
+    """
+    hits: list[tuple[int, int, str]] = []
+    for label in labels:
+        flags = 0 if len(label) == 1 else re.IGNORECASE
+        match = re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, flags)
+        if match:
+            hits.append((match.start(), -len(label), label))
+    return min(hits)[2] if hits else None
+
+
+def find_number(text: str) -> float | None:
+    """Return the last number of text, where chains of thought put the result; None when there is none."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], *, confidence: float) -> PairedDifference:
+    """Return mean(second - first) and its two-sided Student t interval: mean -+ t(n - 1) * s / sqrt(n).
+
+    The rows are a random sample of the held-out rows, so the interval speaks about rows like these. With differences
+    that are all equal the interval has no width.
+    """
+    from scipy.stats import t
+
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    count = len(differences)
+    if count < 2:
+        raise ValueError(f"a paired interval needs two rows, got {count}")
+    mean = math.fsum(differences) / count
+    variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
+    half = float(t.ppf(0.5 + confidence / 2, count - 1)) * math.sqrt(variance / count)
+    return PairedDifference(mean=mean, low=mean - half, high=mean + half, num_rows=count)
