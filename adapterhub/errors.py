@@ -28,7 +28,8 @@ AdapterHubError
 |  |- TrainingError
 |  |- AssetFetchError
 |  |- StoreCorruptError
-|  `- AdapterLoadError           HTTP 503: published, but this server cannot load it
+|  |- AdapterLoadError           HTTP 503: published, but this server cannot load it
+|  `- EngineStateError           the engine's plan does not fit its slots or blocks
 `- OverloadedError               queue full or shutting down: exit code 1, HTTP 503
 """
 
@@ -53,6 +54,7 @@ __all__ = [
     "ConflictError",
     "ContextTooLongError",
     "DataError",
+    "EngineStateError",
     "InvalidNameError",
     "JobFailedError",
     "NotFoundError",
@@ -300,6 +302,12 @@ class AdapterLoadError(JobFailedError):
     """A published adapter cannot be loaded by this server."""
 
     code, http_status = "adapter_load_failed", 503
+
+
+class EngineStateError(JobFailedError):
+    """A planned step does not fit the slots or blocks it names; a bug of ours, caught before it answers wrongly."""
+
+    code = "engine_state"
 
 
 class OverloadedError(AdapterHubError):

@@ -1,0 +1,52 @@
+"""The oracle: the formula of `server.kernels.base`, one token at a time, as plain as it can be written.
+
+Knows tensors and segments. Slow and exact; tests compare every other kernel with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from server.kernels.base import Segments, SlotWeights
+
+__all__ = ["apply_deltas_", "scale_inputs"]
+
+
+def _weights_per_token(segments: Segments, slots: Sequence[SlotWeights | None]) -> Iterator[tuple[int, SlotWeights]]:
+    token = 0
+    for owner, size in zip(segments.owner, segments.sizes_tokens, strict=True):
+        weights = slots[owner] if owner >= 0 else None
+        for _ in range(size):
+            if weights is not None:
+                yield token, weights
+            token += 1
+
+
+def scale_inputs(x: Tensor, *, segments: Segments, slots: Sequence[SlotWeights | None]) -> Tensor:
+    """Return u[t] = x[t] * in_scale; x: (T, H). x is not changed."""
+    u = x.clone()
+    for token, weights in _weights_per_token(segments, slots):
+        if weights.in_scale is not None:
+            u[token] = x[token] * weights.in_scale
+    return u
+
+
+def apply_deltas_(y: Tensor, x: Tensor, *, segments: Segments, slots: Sequence[SlotWeights | None]) -> None:
+    """Set y[t] = out_scale * (y[t] + delta_scale * (B ((A x[t]) * rank_scale))) + out_shift; y: (T, O), x: (T, H)."""
+    for token, weights in _weights_per_token(segments, slots):
+        result = y[token]
+        if weights.a is not None and weights.b is not None:
+            v = weights.a @ x[token]
+            if weights.rank_scale is not None:
+                v = v * weights.rank_scale
+            delta = weights.b @ v
+            if weights.delta_scale is not None:
+                delta = delta * weights.delta_scale
+            result = result + delta
+        if weights.out_scale is not None:
+            result = result * weights.out_scale
+        if weights.out_shift is not None:
+            result = result + weights.out_shift
+        y[token] = result
