@@ -1,0 +1,120 @@
+"""From the words of a request to one digest: `adapter` and `model` are resolved once, when the request is admitted.
+
+Knows the store and the base. The request keeps the digest to its end, whatever happens to the name meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from adapterhub.base.identity import Base
+from adapterhub.errors import AdapterHubError, BaseMismatchError, RequestError, UnsupportedFieldError
+from adapterhub.store import Store, Version
+from server.engine.types import AdapterHandle
+from server.http.replies import AdapterInfo
+
+__all__ = ["AdapterChoice", "AdapterNames"]
+
+_BASE = "base"
+_LATER = ("auto", "mix", "gate")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """What a request runs with. label: `task@vN`, or the name of the base; handle: None for the bare base."""
+
+    label: str
+    info: AdapterInfo
+    handle: AdapterHandle | None
+
+    def headers(self) -> dict[str, str]:
+        """Name the adapter in the response headers."""
+        if self.handle is None:
+            return {"x-adapter-digest": _BASE, "x-adapter-version": _BASE}
+        return {"x-adapter-digest": f"sha256:{self.handle.digest}", "x-adapter-version": self.label}
+
+
+class AdapterNames:
+    """Resolves references against the store, for one base."""
+
+    def __init__(self, store: Store, base: Base) -> None:
+        self.store = store
+        self._base = base
+        self._views: dict[str, Path] = {}
+
+    async def choose(self, adapter: JsonValue, model: str | None) -> AdapterChoice:
+        """Resolve the two fields of a request.
+
+        Raises UnsupportedFieldError, InvalidNameError, AdapterNotFoundError, AliasNotFoundError, BaseMismatchError, and
+        RequestError when both fields name something and they differ.
+        """
+        _refuse_later_features(adapter)
+        if not isinstance(adapter, str):
+            return await self._resolve(_BASE if model is None else model, "model")
+        choice = await self._resolve(adapter, "adapter")
+        if model is not None and not self.is_base(model):
+            other = await self._resolve(model, "model")
+            if other.info.digest != choice.info.digest:
+                raise RequestError(
+                    f"'adapter' {adapter!r} is {choice.label!r}, but 'model' {model!r} is {other.label!r}.",
+                    f"Send one of them; 'model' may always be {self._base.name!r}.",
+                ).at("adapter")
+        return choice
+
+    def is_base(self, name: str) -> bool:
+        """Tell whether `name` means the bare base."""
+        return name in (_BASE, self._base.name)
+
+    async def _resolve(self, reference: str, param: str) -> AdapterChoice:
+        if self.is_base(reference):
+            info = AdapterInfo(task=_BASE, version=None, digest=None)
+            return AdapterChoice(self._base.name, info, None)
+        if reference == "auto" or reference.startswith(("mix:", "gate:")):
+            raise _not_yet(reference).at(param)
+        try:
+            return await asyncio.to_thread(self.resolve, reference)
+        except AdapterHubError as error:
+            error.at(param)
+            raise
+
+    def resolve(self, reference: str) -> AdapterChoice:
+        """Look `reference` up in the store. Raises what `Store.get_version` raises, and BaseMismatchError."""
+        version = self.store.get_version(reference)
+        self.check_base(version)
+        handle = AdapterHandle(version.serving_digest, self._view(version.serving_digest), version.label)
+        info = AdapterInfo(task=version.task, version=version.number, digest=f"sha256:{version.serving_digest}")
+        return AdapterChoice(version.label, info, handle)
+
+    def _view(self, digest: str) -> Path:
+        """Return the view of a digest; the store hashes its files the first time this process asks."""
+        if digest not in self._views:
+            self._views[digest] = self.store.view(digest)
+        return self._views[digest]
+
+    def check_base(self, version: Version) -> None:
+        """Refuse a version made for another base. Raises BaseMismatchError."""
+        if version.base_digest != self._base.digest:
+            raise BaseMismatchError(
+                f"Adapter {version.label!r} was made for base {version.base_digest[:12]}, "
+                f"but this server runs {self._base.name!r} ({self._base.quantization}), {self._base.digest[:12]}.",
+                "Serve its base with `hub serve --base B --quantization Q`, or train it again on this one.",
+            )
+
+
+def _refuse_later_features(adapter: JsonValue) -> None:
+    if isinstance(adapter, dict):
+        word = next(iter(adapter), "an empty object")
+        if word in _LATER:
+            raise _not_yet(word).at("adapter")
+        raise UnsupportedFieldError(f"The object {adapter!r} is no adapter.", f"{_ALLOWED}.").at("adapter")
+
+
+_ALLOWED = "Name one adapter: task, task@v3, task@alias, task@sha256:<digest> or base"
+
+
+def _not_yet(word: str) -> UnsupportedFieldError:
+    return UnsupportedFieldError(f"The adapter choice {word!r} is not supported by this server yet.", f"{_ALLOWED}.")
