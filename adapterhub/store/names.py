@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 from adapterhub.errors import InvalidNameError
 
-__all__ = ["DEFAULT_ALIAS", "Reference", "check_alias", "check_digest", "check_task", "check_text", "parse_reference"]
+__all__ = [
+    "DEFAULT_ALIAS",
+    "Reference",
+    "check_alias",
+    "check_digest",
+    "check_task",
+    "check_text",
+    "parse_alias_label",
+    "parse_reference",
+]
 
 DEFAULT_ALIAS = "stable"
 
@@ -95,6 +104,14 @@ def parse_reference(text: str) -> Reference:
     if _VERSION_LIKE.fullmatch(rest):
         raise InvalidNameError(f"{_shown(text)} names no version.", "Versions are `@v1`, `@v2` and so on.")
     return Reference(task, alias=check_alias(rest))
+
+
+def parse_alias_label(text: str) -> tuple[str, str]:
+    """Split `task@alias`. Raises InvalidNameError."""
+    task, separator, name = text.partition("@")
+    if not separator:
+        raise InvalidNameError(f"{_shown(text)} names no alias.", "Write task@alias, such as `summarize@stable`.")
+    return check_task(task), check_alias(name)
 
 
 def _digest_prefix(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from adapterhub.store.catalogue import Catalogue
 from adapterhub.store.digests import serving_digest
 from adapterhub.store.entries import Alias, LogEntry, Version
 from adapterhub.store.files import Files
-from adapterhub.store.names import DEFAULT_ALIAS, check_digest, check_task, check_text
+from adapterhub.store.names import DEFAULT_ALIAS, check_digest, check_task, check_text, parse_alias_label
 from adapterhub.store.publish import (
     CONFIG_FILE,
     NOTE_FILE,
@@ -33,7 +33,14 @@ from adapterhub.store.publish import (
     read_config,
     stage,
 )
-from adapterhub.store.versions import find_by_manifest, insert_version, list_tasks, list_versions, resolve
+from adapterhub.store.versions import (
+    find_by_manifest,
+    insert_version,
+    list_tasks,
+    list_versions,
+    resolve,
+    resolve_in_task,
+)
 from adapterhub.store.weights import Limits, check_weights
 
 __all__ = ["Store"]
@@ -203,18 +210,25 @@ class Store:
         version_ref: a full reference, or its part after the `@`. expected_generation: the generation last seen, None to
         create the alias. Raises ConflictError with the current state.
         """
-        check_task(task)
-        is_full = "@" in version_ref or version_ref == task
         with self._catalogue.write() as connection:
-            version = resolve(connection, version_ref if is_full else f"{task}@{version_ref}")
-            if version.task != task:
-                raise UserInputError(
-                    f"Alias '{task}@{name}' cannot point to {version.label}: that belongs to another task.",
-                    f"Name a version of {task!r}; see `hub adapters list`.",
-                )
+            version = resolve_in_task(connection, version_ref, task=check_task(task))
             return move_alias(
                 connection, version, name=name, expected_generation=expected_generation, actor=actor, reason=reason
             )
+
+    def point_alias(
+        self, label: str, version_ref: str, *, generation: int | None = None, actor: str, reason: str
+    ) -> Alias:
+        """Point the alias written as `task@name` to a version, as people do it.
+
+        generation: as in `set_alias`, but None moves the alias wherever it is now, and 0 means that it must not exist.
+        """
+        task, name = parse_alias_label(label)
+        with self._catalogue.write() as connection:
+            version = resolve_in_task(connection, version_ref, task=task)
+            current = {alias.name: alias.generation for alias in list_aliases(connection, task)}.get(name)
+            expected = current if generation is None else generation or None
+            return move_alias(connection, version, name=name, expected_generation=expected, actor=actor, reason=reason)
 
     def log_head(self) -> int:
         """Row id of the newest alias-log row, 0 for none. Cheap: servers poll it to see whether an alias moved."""
@@ -247,6 +261,16 @@ class Store:
                 "The catalogue was changed; restore it from a backup.",
             )
         self._verify_view(version, manifest)
+
+    def find_damage(self, refs: Sequence[str] | None = None) -> dict[str, StoreCorruptError]:
+        """Verify several versions, all of them for None, and return {reference: what is wrong} for the damaged ones."""
+        damaged: dict[str, StoreCorruptError] = {}
+        for ref in refs or [version.label for version in self.versions()]:
+            try:
+                self.verify(ref)
+            except StoreCorruptError as error:
+                damaged[ref] = error
+        return damaged
 
     def _verify_view(self, version: Version, manifest: Manifest) -> None:
         view = self._files.view_path(version.serving_digest)

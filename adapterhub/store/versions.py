@@ -7,13 +7,22 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
-from adapterhub.errors import AdapterNotFoundError, AliasNotFoundError, InvalidNameError
+from adapterhub.errors import AdapterNotFoundError, AliasNotFoundError, InvalidNameError, UserInputError
 from adapterhub.records import Manifest, Method
 from adapterhub.store.catalogue import ALIASES, VERSIONS
 from adapterhub.store.entries import Version
 from adapterhub.store.names import Reference, parse_reference
 
-__all__ = ["find_by_manifest", "insert_version", "list_tasks", "list_versions", "now", "resolve", "version_numbered"]
+__all__ = [
+    "find_by_manifest",
+    "insert_version",
+    "list_tasks",
+    "list_versions",
+    "now",
+    "resolve",
+    "resolve_in_task",
+    "version_numbered",
+]
 
 _SHOWN_DIGEST_CHARS = 12
 
@@ -108,6 +117,18 @@ def resolve(connection: Connection, text: str) -> Version:
     if number is None:
         raise _unknown(connection, reference, text)
     return version_numbered(connection, task, number)
+
+
+def resolve_in_task(connection: Connection, text: str, *, task: str) -> Version:
+    """Return the version of `task` named by a full reference or by its part after the `@`; raises as `resolve`."""
+    is_full = "@" in text or text == task
+    version = resolve(connection, text if is_full else f"{task}@{text}")
+    if version.task != task:
+        raise UserInputError(
+            f"An alias of {task!r} cannot point to {version.label}: that belongs to another task.",
+            f"Name a version of {task!r}; see `hub adapters list`.",
+        )
+    return version
 
 
 def _by_digest(connection: Connection, reference: Reference, text: str) -> Version:
