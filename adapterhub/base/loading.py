@@ -49,9 +49,7 @@ def load_model(base: Base, *, device: str = "cpu", keep_quantized: bool | None =
     options: dict[str, Any] = {}
     if base.quantization == "nf4":
         options = {"quantization_config": _nf4_config(torch.float32), "device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(
-        base.folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa", **options
-    )
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, local_files_only=True, **options)
     if base.quantization == "nf4" and not keep:
         _dequantize_in_place(model)
     if base.quantization == "int8":
