@@ -240,7 +240,7 @@ class Recipe(_Model):
     def resolve(self, *, method: Method | None = None, changes: Mapping[str, str] | None = None) -> Recipe:
         """Return the recipe for one run: method chosen, its overrides merged, then `changes` applied.
 
-        The keys of `training` in METHOD_KEYS were chosen for the recipe's own method; another method starts without them.
+        METHOD_KEYS of `training` were chosen for the recipe's own method; another method starts without them.
         changes: dotted key -> YAML text, such as {"training.rank": "8"}. Raises RecipeError naming unknown keys.
         """
         raw = self.model_dump(mode="json")
@@ -382,10 +382,11 @@ def load_recipe(task: str, settings: Settings) -> Recipe:
     return recipe
 
 
-def default_recipe(task: str, file: Path) -> Recipe:
+def default_recipe(task: str, data: DataSource | Path) -> Recipe:
     """Return the recipe for the user's own rows, which bring their prompts: ROUGE-L, one row in ten held out."""
     if not _TASK_PATTERN.match(task):
         raise InvalidNameError(
             f"{task!r} is not a task name.", "Use a lower-case letter, then at most 62 of a-z, 0-9, _ and -."
         )
-    return Recipe(task=task, description=f"Rows of {file.name}", data=DataSource(file=file.absolute()))
+    source = DataSource(file=data.absolute()) if isinstance(data, Path) else data
+    return Recipe(task=task, description="The user's own rows.", data=source)

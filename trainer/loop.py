@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from adapterhub.base import Base
 from adapterhub.errors import TrainingError
 from adapterhub.recipes import Recipe, Training
 from adapterhub.records import Method, MetricsPoint
-from trainer.data.batches import PlannedSampler, collate, plan_batches
+from trainer.data.batches import PlannedSampler, collate, pad_token, plan_batches
 from trainer.data.tokens import TokenRow
 from trainer.loss import label_loss
 from trainer.methods.adalora import AdaLoraDriver, fully_pruned, orthogonality_loss
@@ -34,7 +35,7 @@ from trainer.methods.configs import build_peft_config
 from trainer.methods.guards import check_all_moved, keep_float32_, snapshot, stop_repacking_
 from trainer.progress import StepReport, StepReporter
 
-__all__ = ["TrainingResult", "held_out_loss", "train"]
+__all__ = ["TrainingResult", "held_out_loss", "library_notices_ignored", "train"]
 
 _EVAL_BATCH_ROWS = 8
 
@@ -72,7 +73,7 @@ class _Trainer(SFTTrainer):
 
 
 @contextmanager
-def _library_notices_ignored() -> Iterator[None]:
+def library_notices_ignored() -> Iterator[None]:
     """Silence notices of libraries about each other; none is the user's to correct."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(peft|trl|transformers|bitsandbytes|accelerate|torch)\.")
@@ -94,6 +95,7 @@ def train(
     recipe: resolved and filled in, see `trainer.methods.fill_in`. Raises TrainingError when the loss is not finite or a
     trainable tensor did not move. The same seed, rows and machine give the same bits.
     """
+    stop_repacking_(model)
     training = recipe.training
     lengths = [len(row.prompt_ids) + len(row.answer_ids) for row in rows]
     plan = plan_batches(lengths, batch_size=training.batch_size, num_steps=training.max_steps, seed=training.seed)
@@ -102,28 +104,28 @@ def train(
     is_adalora = recipe.method is Method.ADALORA
     if is_adalora:
         callbacks.append(AdaLoraDriver())
-    with _library_notices_ignored():
+    with library_notices_ignored():
         trainer = _Trainer(
             sampler=PlannedSampler(plan),
             is_adalora=is_adalora,
             model=model,
             args=_arguments(training, run_folder, device=model.device),
-            data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
+            data_collator=partial(collate, pad_token_id=pad_token(tokenizer)),
             train_dataset=Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows]),
             processing_class=tokenizer,
             peft_config=build_peft_config(recipe, base),
             callbacks=callbacks,
         )
-        _quiet(trainer)
-        num_trainable = keep_float32_(trainer.model)
-        stop_repacking_(trainer.model)
-        before = snapshot(trainer.model)
+        trainer.remove_callback(PrinterCallback)  # It writes a line per step; ours reports.
+        wrapped: Any = trainer.model
+        num_trainable = keep_float32_(wrapped)
+        before = snapshot(wrapped)
         start = time.monotonic()
         trainer.train()
     wall_time_s = time.monotonic() - start
-    check_all_moved(trainer.model, before, pruned=fully_pruned(trainer.model) if is_adalora else frozenset())
+    check_all_moved(wrapped, before, pruned=fully_pruned(wrapped) if is_adalora else frozenset())
     return TrainingResult(
-        model=trainer.model.eval(),
+        model=wrapped.eval(),
         metrics=tuple(reporter.points),
         num_train_tokens=reporter.num_tokens,
         num_trainable_parameters=num_trainable,
@@ -161,13 +163,6 @@ def _arguments(training: Training, run_folder: Path, *, device: torch.device) ->
         disable_tqdm=True,
         optim="adamw_torch",
     )
-
-
-def _quiet(trainer: SFTTrainer) -> None:
-    """Take away the callback that prints a line per step; ours reports."""
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
 
 
 @torch.no_grad()

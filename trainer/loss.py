@@ -1,8 +1,8 @@
 """Next-token loss that computes logits only where there is a label.
 
 In the shipped tasks most tokens are prompt, and the output head is a fifth of a small model. The hidden states of
-labelled positions are gathered before the head runs; the head itself, with whatever scaling or capping the model does, is the
-model's own code. Loss is a sum over target tokens, divided once per step by the caller.
+labelled positions are gathered before the head runs; the head itself, with whatever scaling or capping the model does,
+is the model's own code. Loss is a sum over target tokens, divided once per step by the caller.
 """
 
 from __future__ import annotations

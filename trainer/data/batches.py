@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
 from trainer.data.tokens import IGNORED
 
-__all__ = ["PlannedSampler", "collate", "plan_batches"]
+__all__ = ["PlannedSampler", "collate", "pad_token", "plan_batches"]
 
 _BATCHES_PER_BUCKET = 8  # Rows are sorted within 8 batches: most of the padding goes, most of the shuffling stays.
 
@@ -49,6 +50,11 @@ class PlannedSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Id to fill gaps with; any token does, because masks and labels follow lengths."""
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
 
 
 def collate(rows: Sequence[dict[str, list[int]]], *, pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterhub.base.prompts import chat_token_ids, stop_token_ids, text_token_ids
 from adapterhub.errors import DataError
@@ -61,9 +61,10 @@ def answer_stop_token(tokenizer: PreTrainedTokenizerBase) -> int:
         after = text_token_ids(tokenizer, text.rpartition(_SENTINEL)[2])
         if after and after[0] in stops:
             return after[0]
-    if tokenizer.eos_token_id is None:
+    eos: Any = tokenizer.eos_token_id
+    if eos is None:
         raise DataError("The tokenizer of this base has no end-of-sequence token.", "Set `eos_token` in its config.")
-    return int(tokenizer.eos_token_id)
+    return int(eos)
 
 
 def _truncate(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> str:

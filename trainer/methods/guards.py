@@ -34,10 +34,20 @@ def keep_float32_(model: torch.nn.Module) -> int:
 
 
 def stop_repacking_(model: torch.nn.Module) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights for AVX512-BF16: repacked layers lose their gradients."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    """Forbid bitsandbytes to repack 4-bit weights for AVX512-BF16; call it before the model evaluates anything.
+
+    Repacked layers pass no gradients to what lies below them. Raises TrainingError when it has already happened.
+    """
+    for name, module in model.named_modules():
+        layer: Any = module
+        if not hasattr(layer, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise TrainingError(
+                f"The 4-bit weights of {name} were repacked by an evaluation, so no gradient passes them.",
+                "Load the base again and call `stop_repacking_` before the first evaluation.",
+            )
+        layer.support_avx512bf16_for_cpu = False
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,113 @@
+"""Measure an adapter against the base, or another adapter, on the same held-out rows.
+
+The base's answers are kept on disk under everything they depend on, so each base is asked once per held-out set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from adapterhub.base import Base
+from adapterhub.errors import QualityGateError
+from adapterhub.recipes import Recipe
+from adapterhub.records import EvaluationRecord
+from trainer.data.tokens import TokenRow, rows_digest
+from trainer.generate import generate_answers
+from trainer.metrics import build_scorer, paired_difference
+
+__all__ = ["Comparison", "base_answers", "check_gate", "compare"]
+
+_CACHE_FORMAT = 1  # Raise it when prompts or decoding change, so that old answers are not reused.
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The record of an evaluation and the answers behind it, one per row."""
+
+    record: EvaluationRecord
+    first_answers: tuple[str, ...]
+    second_answers: tuple[str, ...]
+    first_scores: tuple[float, ...]
+    second_scores: tuple[float, ...]
+
+
+def compare(first: Sequence[str], second: Sequence[str], rows: Sequence[TokenRow], *, recipe: Recipe) -> Comparison:
+    """Score two lists of answers to the same rows; `first` is the base or the older adapter."""
+    score = build_scorer(recipe)
+    first_scores = tuple(score(answer, row.target) for answer, row in zip(first, rows, strict=True))
+    second_scores = tuple(score(answer, row.target) for answer, row in zip(second, rows, strict=True))
+    difference = paired_difference(first_scores, second_scores, confidence=recipe.gate.confidence)
+    record = EvaluationRecord(
+        metric=recipe.metric,
+        num_rows=len(rows),
+        base_score=sum(first_scores) / len(rows),
+        adapter_score=sum(second_scores) / len(rows),
+        difference=difference.mean,
+        interval_low=difference.low,
+        interval_high=difference.high,
+        confidence=recipe.gate.confidence,
+        seed=recipe.split.seed,
+        data_digest=rows_digest(rows),
+    )
+    return Comparison(record, tuple(first), tuple(second), first_scores, second_scores)
+
+
+def base_answers(
+    load: Callable[[], Any],
+    rows: Sequence[TokenRow],
+    *,
+    base: Base,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_folder: Path,
+    on_rows: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Return the base's answers, from disk when this base has already answered these rows with these settings.
+
+    load: gives the base, or a PeftModel, whose adapter is switched off meanwhile; called only when needed.
+    """
+    key = {
+        "format": _CACHE_FORMAT,
+        "base": base.digest,
+        "prompts": [row.prompt_ids for row in rows],
+        "generation": recipe.generation.model_dump(mode="json"),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = cache_folder / f"{name}.json"
+    if path.is_file():
+        if on_rows is not None:
+            on_rows(len(rows), len(rows))
+        return list(json.loads(path.read_text(encoding="utf-8")))
+    prompts = [row.prompt_ids for row in rows]
+    model = load()
+    options: dict[str, Any] = {"tokenizer": tokenizer, "generation": recipe.generation, "on_rows": on_rows}
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            answers = generate_answers(model, prompts, **options)
+    else:
+        answers = generate_answers(model, prompts, **options)
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
+    partial.rename(path)
+    return answers
+
+
+def check_gate(record: EvaluationRecord, recipe: Recipe, *, kept_in: Path) -> None:
+    """Raise QualityGateError unless the lower end of the interval lies above the gain the recipe demands."""
+    if record.interval_low > recipe.gate.min_gain:
+        return
+    raise QualityGateError(
+        f"{recipe.task!r} was not published: {record.metric} changed by {record.difference:+.4f} against the base, "
+        f"{record.confidence:.0%} interval [{record.interval_low:+.4f}, {record.interval_high:+.4f}] on "
+        f"{record.num_rows} held-out rows; the gate wants its lower end above {recipe.gate.min_gain:+.4f}.",
+        f"The adapter is kept in {kept_in}. Train longer (`--max-steps`), on more rows, or measure on more rows "
+        "(`--set gate.num_rows=N`).",
+    )

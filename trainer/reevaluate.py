@@ -1,0 +1,132 @@
+"""Measure a published version again, on its own held-out rows, against the base or another version."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from adapterhub.base import Base
+from adapterhub.base.loading import load_model, load_tokenizer
+from adapterhub.errors import BaseMismatchError, DataError
+from adapterhub.recipes import Recipe, load_recipe, parse_recipe
+from adapterhub.settings import Settings
+from adapterhub.store import Store, Version
+from trainer.data import TokenRow
+from trainer.evaluate import Comparison, base_answers, compare
+from trainer.generate import generate_answers
+from trainer.loop import library_notices_ignored
+from trainer.methods.guards import stop_repacking_
+from trainer.run import base_cache, prepare_data
+
+__all__ = ["Reevaluation", "reevaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reevaluation:
+    """What was compared with what. warnings: why the rows may flatter one side."""
+
+    first: str
+    second: str
+    comparison: Comparison
+    warnings: tuple[str, ...]
+
+
+def reevaluate(
+    ref: str,
+    *,
+    against: str,
+    base: Base,
+    store: Store,
+    settings: Settings,
+    num_rows: int | None = None,
+    seed: int | None = None,
+    on_rows: Callable[[str, int, int], None] | None = None,
+) -> Reevaluation:
+    """Compare version `ref` with `against`, which is "base" or another reference.
+
+    num_rows: how many held-out rows, all by default; seed: draw them at random instead of taking the first ones.
+    """
+    version = store.get_version(ref)
+    other = None if against == "base" else store.get_version(against)
+    for each in (version, other):
+        if each is not None and each.base_digest != base.digest:
+            raise BaseMismatchError(
+                f"{each.label} was trained on base {each.base_digest[:12]}, but {base.name!r} ({base.quantization}) "
+                f"is {base.digest[:12]}.",
+                "Choose its base with `--base` and `--quantization`.",
+            )
+    recipe = _recipe_of(version, store, settings)
+    tokenizer = load_tokenizer(base)
+    rows = _choose(prepare_data(recipe, settings=settings, tokenizer=tokenizer).held_out, num_rows, seed)
+    options: dict[str, Any] = {"tokenizer": tokenizer}
+
+    def report(name: str) -> Callable[[int, int], None] | None:
+        return None if on_rows is None else partial(on_rows, name)
+
+    def answers_of(each: Version) -> list[str]:
+        model = _open(each, store, base)
+        prompts = [row.prompt_ids for row in rows]
+        return generate_answers(model, prompts, generation=recipe.generation, on_rows=report(each.label), **options)
+
+    if other is None:
+        first = base_answers(
+            lambda: _load(base),
+            rows,
+            base=base,
+            recipe=recipe,
+            cache_folder=base_cache(settings),
+            on_rows=report("base"),
+            **options,
+        )
+    else:
+        first = answers_of(other)
+    comparison = compare(first, answers_of(version), rows, recipe=recipe)
+    if seed is not None:
+        comparison = replace(comparison, record=comparison.record.model_copy(update={"seed": seed}))
+    label = "base" if other is None else other.label
+    return Reevaluation(label, version.label, comparison, _warnings(recipe, other, store, settings))
+
+
+def _recipe_of(version: Version, store: Store, settings: Settings) -> Recipe:
+    """The recipe a version was trained with, so that held-out rows are those it has not seen; else the task's."""
+    training = store.manifest(version).training
+    if training is not None:
+        return parse_recipe(training.recipe, where=f"recipe of {version.label}")
+    return load_recipe(version.task, settings)
+
+
+def _warnings(recipe: Recipe, other: Version | None, store: Store, settings: Settings) -> tuple[str, ...]:
+    if other is None:
+        return ()
+    theirs = _recipe_of(other, store, settings)
+    if (theirs.data, theirs.split, theirs.filter) == (recipe.data, recipe.split, recipe.filter):
+        return ()
+    return (f"{other.label} was trained on another split, so it may have seen some of these rows.",)
+
+
+def _choose(rows: tuple[TokenRow, ...], num_rows: int | None, seed: int | None) -> tuple[TokenRow, ...]:
+    wanted = len(rows) if num_rows is None else num_rows
+    if not 2 <= wanted <= len(rows):
+        raise DataError(
+            f"--rows is {wanted}, but this version has {len(rows)} held-out rows.",
+            f"Use 2 to {len(rows)}; a later training run can hold out more with `--set split.eval=N`.",
+        )
+    return rows[:wanted] if seed is None else tuple(random.Random(seed).sample(rows, wanted))
+
+
+def _load(base: Base) -> Any:
+    import torch
+
+    model = load_model(base, device="cuda" if torch.cuda.is_available() else "cpu")
+    stop_repacking_(model)
+    return model
+
+
+def _open(version: Version, store: Store, base: Base) -> Any:
+    from peft import PeftModel
+
+    with library_notices_ignored():
+        return PeftModel.from_pretrained(_load(base), store.view(version.serving_digest)).eval()
