@@ -16,7 +16,7 @@ from server.engine.types import Engine
 from server.http import chat, completions, health, models
 from server.http.adapters import AdapterNames
 from server.http.errors import install_error_handlers
-from server.http.middleware import CancelOnDisconnect, RequestIds
+from server.http.middleware import BodyLimit, CancelOnDisconnect, RequestIds
 from server.http.replies import ErrorBody
 from server.http.service import Service
 from server.http.watcher import AliasWatcher
@@ -51,9 +51,10 @@ def create_app(engine: Engine, store: Store, base: Base, tokenizer: PreTrainedTo
     app = FastAPI(title="AdapterHub", version=adapterhub.__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     for module in (chat, completions, models):
-        app.include_router(module.router, max_body_size=_MAX_BODY_BYTES, responses={"4XX": {"model": ErrorBody}})
+        app.include_router(module.router, responses={"4XX": {"model": ErrorBody}})
     app.include_router(health.router)
     install_error_handlers(app)
+    app.add_middleware(BodyLimit, max_bytes=_MAX_BODY_BYTES)
     app.add_middleware(CancelOnDisconnect)
     app.add_middleware(RequestIds)
     return app

@@ -94,37 +94,41 @@ async def _on_invalid_body(request: Request, exc: Exception) -> Response:
 
 
 def _first_problem(exc: RequestValidationError) -> RequestError:
-    problem: Mapping[str, Any] = exc.errors()[0]
-    location: tuple[Any, ...] = tuple(problem["loc"])[1:]
-    if problem["type"] == "json_invalid":
+    problems: list[Mapping[str, Any]] = [*exc.errors()]
+    first = problems[0]
+    location: tuple[Any, ...] = tuple(first["loc"])[1:]  # Without the word "body".
+    if first["type"] == "json_invalid":
         where = f" at character {location[0]}" if location else ""
-        what = f"The body is not valid JSON: {problem['ctx']['error']}{where}."
+        what = f"The body is not valid JSON: {first['ctx']['error']}{where}."
         return RequestError(what, "Send one JSON object.")
-    path, value = _locate(exc.body, location)
+    # A union fails once per kind; what went furthest into the body says most.
+    same_field = [one for one in problems if tuple(one["loc"])[1:2] == location[:1]]
+    problem = max(same_field, key=lambda one: len(_locate(exc.body, one)[0]))
+    path, value = _locate(exc.body, problem)
     if not path:
         return RequestError(f"The body is {_shown(value)}, not a JSON object.", "Send one JSON object.")
+    field = ".".join(path)
     if problem["type"] == "missing":
-        return RequestError(f"The field {path!r} is missing.", "Add it.").at(path)
+        return RequestError(f"The field {field!r} is missing.", "Add it.").at(field)
     message = str(problem["msg"]).removesuffix(".")
-    return RequestError(f"The field {path!r} has the value {_shown(value)}.", f"{message}.").at(path)
+    return RequestError(f"The field {field!r} has the value {_shown(value)}.", f"{message}.").at(field)
 
 
-def _locate(body: Any, location: tuple[Any, ...]) -> tuple[str, Any]:
-    """Follow a pydantic location into the body as sent, and stop where it names types of a union instead of fields."""
+def _locate(body: object, problem: Mapping[str, Any]) -> tuple[list[str], object]:
+    """Follow pydantic's location into the body as sent, passing over the names of a union's kinds; return path and value."""
     path: list[str] = []
-    value = body
-    for part in location:
-        if isinstance(value, dict):
-            fields = cast("dict[str, Any]", value)
-            if part not in fields and part != location[-1]:
-                break
-            value = fields.get(part)
+    value: Any = body
+    location: tuple[Any, ...] = tuple(problem["loc"])[1:]
+    for depth, part in enumerate(location, start=1):
+        is_missing = problem["type"] == "missing" and depth == len(location)
+        if isinstance(value, dict) and (part in value or is_missing):
+            value = cast("dict[str, Any]", value).get(part)
         elif isinstance(value, list) and isinstance(part, int):
             value = cast("list[Any]", value)[part]
         else:
-            break
+            continue
         path.append(str(part))
-    return ".".join(path), value
+    return path, cast("object", value)
 
 
 def _shown(value: object) -> str:

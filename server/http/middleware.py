@@ -1,6 +1,6 @@
-"""Pure ASGI middleware: a request id for everything, and an end to work whose client is gone.
+"""Pure ASGI middleware: a request id for everything, a limit on bodies, and an end to work whose client is gone.
 
-Source of the second: Starlette's BaseHTTPMiddleware hides disconnects from handlers
+Source of the last: Starlette's BaseHTTPMiddleware hides disconnects from handlers
 (https://github.com/encode/starlette/discussions/2094), so nothing here is built on it.
 """
 
@@ -12,9 +12,10 @@ import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["CancelOnDisconnect", "RequestIds"]
+__all__ = ["BodyLimit", "CancelOnDisconnect", "RequestIds"]
 
 _log = logging.getLogger(__name__)
 _HEADER = "x-request-id"
@@ -42,6 +43,28 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class BodyLimit:
+    """Refuses a body once it is longer than `max_bytes`, before it fills the memory."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        num_bytes = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise HTTPException(413)
+            return message
+
+        await self._app(scope, receive_within_limit, send)
 
 
 class CancelOnDisconnect:

@@ -122,7 +122,7 @@ class ChatMessage(_Body):
                 raise UnsupportedFieldError(
                     f"A content part of type {kind!r} is not supported by this server.", "Send parts of type 'text'."
                 ).at("messages")
-        return raw
+        return cast("object", raw)
 
     def rendered(self) -> dict[str, str]:
         """What the chat template sees."""
