@@ -63,6 +63,8 @@ class AdapterConfig:
             return False
         if self.target_modules == ALL_LINEAR:
             return True
+        if not isinstance(self.target_modules, str) and module in self.target_modules:
+            return True  # A full name is taken whatever its layer.
         return _is_named(self.target_modules, module) and self._is_in_layers(module)
 
     def _is_in_layers(self, module: str) -> bool:

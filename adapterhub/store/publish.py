@@ -89,7 +89,7 @@ def stage(
         manifest = _build_manifest(
             config, tensors, {WEIGHTS_FILE: weights_digest, CONFIG_FILE: config_digest}, task=task, base=base
         ).model_copy(update={"training": training, "evaluation": evaluation})
-        manifest_bytes = canonical_json(manifest.model_dump(mode="json"), what="manifest")
+        manifest_bytes = canonical_json(manifest.model_dump(), what="manifest")
         manifest_digest = files.write_scratch(scratch / "manifest.json", manifest_bytes)
         files.add_manifest(scratch / "manifest.json", manifest_digest)
         on_step(PublishStep.MANIFEST_STORED)
