@@ -115,7 +115,7 @@ def _first_problem(exc: RequestValidationError) -> RequestError:
 
 
 def _locate(body: object, problem: Mapping[str, Any]) -> tuple[list[str], object]:
-    """Follow pydantic's location into the body as sent, passing over the names of a union's kinds; return path and value."""
+    """Follow pydantic's location into the body as sent, past the names of a union's kinds; return path and value."""
     path: list[str] = []
     value: Any = body
     location: tuple[Any, ...] = tuple(problem["loc"])[1:]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
-from adapterhub.base.loading import load_tokenizer
 from server.engine.detokenize import Detokenizer, StopFilter, TokenTexts
-from tests.support.tiny_models import build_base
+from tests.support.tiny_models import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    return load_tokenizer(build_base(Path(tmp_path_factory.mktemp("base"))))
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
 
 
 def _encode(tokenizer, text: str) -> list[int]:
@@ -89,7 +89,7 @@ def test_the_stop_string_that_is_complete_first_wins() -> None:
 def test_cutting_the_text_into_tokens_changes_nothing(text: str, stops: list[str], cuts: list[int]) -> None:
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     stop = StopFilter(stops)
-    answer = "".join(stop.add(text[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)) + stop.flush()
+    answer = "".join(stop.add(text[a:b]) for a, b in itertools.pairwise(bounds)) + stop.flush()
     # Whichever stop string is complete first ends the answer; of two that end together the longer one.
     ends = [(idx + len(s), idx) for s in stops if (idx := text.find(s)) >= 0]
     assert answer == (text[: min(ends)[1]] if ends else text)

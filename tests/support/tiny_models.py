@@ -16,7 +16,7 @@ from adapterhub.base.identity import Base, describe_base
 from adapterhub.base.loading import quiet_libraries
 from adapterhub.settings import Quantization
 
-__all__ = ["FAMILIES", "VOCAB_SIZE", "build_base"]
+__all__ = ["FAMILIES", "VOCAB_SIZE", "build_base", "byte_tokenizer"]
 
 _SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 256 + len(_SPECIAL_TOKENS)
@@ -45,7 +45,7 @@ _EXTRAS: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(_EXTRAS)
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, then the special tokens; no merges, so nothing was trained."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={char: idx for idx, char in enumerate(alphabet)}, merges=[]))
@@ -73,7 +73,7 @@ def build_base(
 ) -> Base:
     """Write a random model of `family` (one of FAMILIES) with grouped-query attention into `folder` and describe it."""
     quiet_libraries()
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     config = AutoConfig.for_model(
         family,
         vocab_size=VOCAB_SIZE,
