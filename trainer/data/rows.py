@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapterhub.errors import DataError, suggest
+from adapterhub.errors import DataError
 from adapterhub.recipes import FieldSource, Recipe
 
 __all__ = ["MAX_FAULTS_SHOWN", "Example", "Message", "ParsedRows", "read_examples"]
@@ -131,8 +131,7 @@ def _answer(target: str, name: str) -> str:
 
 def _column(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
-        hint = suggest(column, row, otherwise=f"The row has: {', '.join(row) or 'nothing'}.")
-        raise _FaultError(f"column {column!r} is missing. {hint}")
+        raise _FaultError(f"column {column!r} is missing; the row has: {', '.join(row) or 'nothing'}")
     return row[column]
 
 

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from adapterhub.errors import QualityGateError
+from adapterhub.recipes import DataSource, Gate, Recipe
+from adapterhub.records import EvaluationRecord
+from trainer.data.tokens import TokenRow
+from trainer.evaluate import check_gate, compare
+from trainer.metrics import build_scorer, find_label, find_number, paired_difference
+
+
+def recipe(metric: str, labels: tuple[str, ...] = ()) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "task": "ask",
+            "data": DataSource(file=Path("x")),
+            "metric": metric,
+            "labels": labels,
+            "gate": Gate(num_rows=4),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        # Longest common subsequence "police kill gunman": 3 words; precision 3/4, recall 3/3; F = 2pr/(p+r).
+        ("the police kill gunman", "police kill gunman", 2 * 0.75 / 1.75),
+        # Common subsequence "police" and "gunman": 2 of 3 and 2 of 4.
+        ("police shot gunman", "police will kill gunman", 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)),
+        # Words are stemmed and case is folded.
+        ("Police killed gunmen", "police kills gunmen", 1.0),
+        ("", "police", 0.0),
+        ("nothing shared", "police", 0.0),
+    ],
+)
+def test_rouge_l_equals_the_value_counted_by_hand(answer: str, reference: str, expected: float) -> None:
+    assert build_scorer(recipe("rouge_l"))(answer, reference) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "expected"),
+    [
+        ("Yes, it is.", ("yes", "no"), "yes"),
+        ("No. Yes would be wrong.", ("yes", "no"), "no"),
+        ("nobody knows yesterday", ("yes", "no"), None),
+        ("a bank: B", ("A", "B"), "B"),
+        ("A. bank", ("A", "B"), "A"),
+        ("", ("yes", "no"), None),
+        ("new york city", ("new york", "new york city"), "new york city"),
+    ],
+)
+def test_the_first_label_in_the_answer_counts(text: str, labels: tuple[str, ...], expected: str | None) -> None:
+    assert find_label(text, labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("9 apples", 9.0),
+        ("3 + 4 = 7", 7.0),
+        ("1,250.5 miles", 1250.5),
+        ("-3", -3.0),
+        ("none", None),
+        ("costs $5.", 5.0),
+    ],
+)
+def test_the_last_number_of_the_answer_counts(text: str, expected: float | None) -> None:
+    assert find_number(text) == expected
+
+
+def test_accuracy_and_number_score_one_only_for_equal_answers() -> None:
+    accuracy = build_scorer(recipe("accuracy", ("yes", "no")))
+    assert [accuracy(a, "yes") for a in ("Yes!", "no", "perhaps")] == [1.0, 0.0, 0.0]
+    number = build_scorer(recipe("number"))
+    assert [number(a, "9 apples") for a in ("9.0", "it is 9", "8", "nine")] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_interval_equals_the_textbook_formula() -> None:
+    first, second = [0.1, 0.4, 0.3, 0.9, 0.2], [0.3, 0.3, 0.7, 0.9, 0.6]
+    d = [0.2, -0.1, 0.4, 0.0, 0.4]
+    mean = sum(d) / 5
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in d) / 4)
+    half = 2.7764451051977987 * deviation / math.sqrt(5)  # t(0.975, 4) from a table.
+    result = paired_difference(first, second, confidence=0.95)
+    assert (result.mean, result.low, result.high) == pytest.approx((mean, mean - half, mean + half))
+    reference = stats.ttest_rel(second, first).confidence_interval(0.95)
+    assert (result.low, result.high) == pytest.approx((reference.low, reference.high))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = stats.norm(loc=0.05, scale=0.2)
+    draws = generator.rvs(size=(400, 96), random_state=0)
+    hits = 0
+    for d in draws:
+        result = paired_difference([0.0] * 96, d.tolist(), confidence=0.95)
+        hits += result.low <= 0.05 <= result.high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_an_interval_needs_two_rows_and_equal_lengths() -> None:
+    with pytest.raises(ValueError, match="needs two rows, got 1"):
+        paired_difference([1.0], [2.0], confidence=0.95)
+    with pytest.raises(ValueError, match="zip"):
+        paired_difference([1.0], [2.0, 3.0], confidence=0.95)
+
+
+def test_compare_scores_both_sides_on_the_same_rows() -> None:
+    rows = [TokenRow(i, f"p{i}", target, None, (1,), (2,)) for i, target in enumerate(("yes", "no", "no", "yes"))]
+    result = compare(
+        ["yes", "yes", "", "no"], ["yes", "no", "no", "no"], rows, recipe=recipe("accuracy", ("yes", "no"))
+    )
+    assert (result.record.base_score, result.record.adapter_score, result.record.difference) == (0.25, 0.75, 0.5)
+    assert result.second_scores == (1.0, 1.0, 1.0, 0.0)
+
+
+def record(low: float, mean: float, high: float) -> EvaluationRecord:
+    return EvaluationRecord(
+        metric="rouge_l",
+        num_rows=96,
+        base_score=0.1,
+        adapter_score=0.1 + mean,
+        difference=mean,
+        interval_low=low,
+        interval_high=high,
+        confidence=0.95,
+        seed=0,
+        data_digest="0",
+    )
+
+
+def test_the_gate_passes_only_when_the_whole_interval_lies_above_the_demand() -> None:
+    check_gate(record(0.001, 0.05, 0.1), recipe("rouge_l"), kept_in=Path("/kept"))
+    with pytest.raises(QualityGateError) as caught:
+        check_gate(record(-0.001, 0.05, 0.101), recipe("rouge_l"), kept_in=Path("/kept"))
+    assert str(caught.value) == (
+        "'ask' was not published: rouge_l changed by +0.0500 against the base, 95% interval [-0.0010, +0.1010] on 96 "
+        "held-out rows; the gate wants its lower end above +0.0000. The adapter is kept in /kept. Train longer "
+        "(`--max-steps`), on more rows, or measure on more rows (`--set gate.num_rows=N`)."
+    )
+    assert caught.value.exit_code == 1
+    with pytest.raises(QualityGateError):
+        check_gate(record(0.0, 0.0, 0.0), recipe("rouge_l"), kept_in=Path("/kept"))
