@@ -58,10 +58,7 @@ def move_alias(
     expected_generation: the generation last seen; None means that the alias must not exist yet. Raises ConflictError
     with the current state when another writer was first.
     """
-    check_alias(name)
-    check_text(actor, what="actor")
-    check_text(reason, what="reason")
-    current = _find_alias(connection, version.task, name)
+    current = _find_alias(connection, version.task, check_alias(name))
     if (None if current is None else current.generation) != expected_generation:
         raise _conflict(f"{version.task}@{name}", current, expected_generation)
     moved = Alias(
@@ -71,8 +68,8 @@ def move_alias(
         serving_digest=version.serving_digest,
         generation=(expected_generation or 0) + 1,
         updated_at=now(),
-        updated_by=actor,
-        reason=reason,
+        updated_by=check_text(actor, what="actor"),
+        reason=check_text(reason, what="reason"),
     )
     values = {
         "number": moved.number,

@@ -57,8 +57,9 @@ class Files:
             ) from exc
         oldest = time.time() - _SCRATCH_MAX_AGE_S
         for path in self._scratch.iterdir():
-            if path.stat().st_mtime < oldest:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # Its owner has just finished.
+                if path.stat().st_mtime < oldest:
+                    shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def scratch(self) -> Generator[Path]:

@@ -76,7 +76,7 @@ class AliasMachine(RuleBasedStateMachine):
 
 
 TestAliasMachine = AliasMachine.TestCase
-TestAliasMachine.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+TestAliasMachine.settings = settings(max_examples=10, stateful_step_count=12, deadline=None)
 
 
 def test_a_lost_race_is_told_the_current_state(filled: Store) -> None:
