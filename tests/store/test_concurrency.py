@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,30 +13,9 @@ from adapterhub.base.identity import Base
 from adapterhub.errors import ConflictError
 from adapterhub.store import PublishStep, Store
 from tests.support.peft_folders import small_base, write_folder
+from tests.support.publishers import PublishJob, run_publishers
 
 NUM_WRITERS = 8
-ROOT = Path(__file__).parents[2]
-
-PUBLISH = """
-import os, signal, sys
-from pathlib import Path
-from adapterhub.store import Store
-from tests.support.peft_folders import small_base
-
-root, folder, last_step = sys.argv[1:]
-
-def die(step):
-    if step == last_step:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-with Store.open(Path(root)) as store:
-    print(store.publish(Path(folder), task="summarize", base=small_base(), on_step=die).number)
-"""
-
-
-def _start(root: Path, folder: Path, last_step: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PUBLISH, str(root), str(folder), last_step]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _assert_sound(store: Store, num_versions: int) -> None:
@@ -66,14 +44,13 @@ def test_threads_that_publish_different_adapters_get_different_numbers(
 
 
 def test_processes_that_open_and_publish_at_once_agree(tmp_path: Path, new_folder: Callable[[int], Path]) -> None:
-    folders = [new_folder(seed) for seed in (0, 1, 0, 1)]
-    processes = [_start(tmp_path / "store", folder) for folder in folders]
-    outcomes = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, outcomes
-    numbers = [int(stdout) for stdout, _ in outcomes]
-    assert numbers[:2] == numbers[2:]
+    seeds = [0, 1, 2, 3] * 2
+    jobs = [PublishJob(str(tmp_path / "store"), str(new_folder(seed))) for seed in seeds]
+    numbers = run_publishers(jobs)
+    assert numbers[:4] == numbers[4:]
+    assert sorted(numbers[:4]) == [1, 2, 3, 4]
     with Store.open(tmp_path / "store") as store:
-        _assert_sound(store, 2)
+        _assert_sound(store, 4)
 
 
 def test_of_threads_that_move_an_alias_one_wins(store: Store, base: Base, folder: Path) -> None:
@@ -93,14 +70,13 @@ def test_of_threads_that_move_an_alias_one_wins(store: Store, base: Base, folder
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One store per step, in which a publish was killed right after that step; started together to save time."""
+    """One store per step, in which a publish was killed right after that step."""
     roots = {step: tmp_path_factory.mktemp(step) for step in PublishStep}
-    processes: dict[str, subprocess.Popen[str]] = {}
-    for step, root in roots.items():
-        processes[step] = _start(root / "store", write_folder(root / "adapter"), step)
-    for process in processes.values():
-        process.communicate(timeout=60)
-        assert process.returncode == -9
+    jobs = [
+        PublishJob(str(root / "store"), str(write_folder(root / "adapter")), last_step=step)
+        for step, root in roots.items()
+    ]
+    assert run_publishers(jobs) == [-signal.SIGKILL] * len(roots)
     return roots
 
 
