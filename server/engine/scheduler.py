@@ -53,25 +53,15 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The next tokens of one sequence. is_sampled: whether they reach its end, so that a new token follows."""
+    """The next tokens of one sequence.
+
+    start: position of the first; is_sampled: whether they reach the end, so that their logits give a new token.
+    """
 
     sequence: Sequence
-    num_tokens: int
-
-    @property
-    def start(self) -> int:
-        """Position of the first token."""
-        return self.sequence.num_computed
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The tokens to compute."""
-        return tuple(self.sequence.token_ids[self.start : self.start + self.num_tokens])
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the row reaches the end of its sequence, so that its logits give a new token."""
-        return self.num_tokens == self.sequence.num_left
+    start: int
+    token_ids: tuple[int, ...]
+    is_sampled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +118,17 @@ class Scheduler:
         """Every sequence of one adapter."""
         return [one for one in (*self._running, *self._waiting) if one.digest == digest]
 
+    def waiting_for(self, digest: str) -> list[Sequence]:
+        """Every sequence that waits for a slot with this adapter."""
+        return [one for one in self._waiting if one.digest == digest and one.slot is None]
+
     def waiting_digests(self) -> set[str]:
-        """Adapters that waiting sequences need."""
-        return {one.digest for one in self._waiting if one.digest is not None}
+        """Adapters that sequences wait for."""
+        return {one.digest for one in self._waiting if one.digest is not None and one.slot is None}
 
     def advance(self, row: Row, token_id: int | None) -> None:
         """Record that a row was computed, and the token it gave."""
-        row.sequence.num_computed += row.num_tokens
+        row.sequence.num_computed += len(row.token_ids)
         if token_id is not None:
             row.sequence.token_ids.append(token_id)
 
@@ -147,8 +141,7 @@ class Scheduler:
         writes: list[tuple[int, str]] = []
         missing: dict[str, None] = {}
         self._admit(chosen, loaded, writes, missing)
-        rows = tuple(Row(sequence, num_tokens) for sequence, num_tokens in chosen.items())
-        return StepPlan(rows, tuple(writes), tuple(missing))
+        return StepPlan(tuple(_row(*one) for one in chosen.items()), tuple(writes), tuple(missing))
 
     def _admit(
         self,
@@ -237,3 +230,9 @@ class Scheduler:
         everyone = (*self._running, *self._waiting)
         self._blocks.check_integrity([block for one in everyone for block in one.block_ids])
         self._slots.check_integrity([one.slot for one in everyone if one.slot not in (None, BASE_SLOT)])
+
+
+def _row(sequence: Sequence, num_tokens: int) -> Row:
+    start = sequence.num_computed
+    token_ids = tuple(sequence.token_ids[start : start + num_tokens])
+    return Row(sequence, start, token_ids, is_sampled=num_tokens == sequence.num_left)

@@ -50,7 +50,7 @@ def test_the_slot_unused_for_longest_is_given_away() -> None:
 def test_a_failed_write_leaves_an_empty_slot() -> None:
     slots = SlotTable(1)
     slots.claim("a")
-    with pytest.raises(EngineStateError, match="Slot 0 is discarded but has 1 users. Release it first."):
+    with pytest.raises(EngineStateError, match=r"Slot 0 is discarded but has 1 users\. Release it first\."):
         slots.discard(0)
     slots.release(0)
     slots.discard(0)
@@ -61,10 +61,10 @@ def test_a_failed_write_leaves_an_empty_slot() -> None:
 def test_mistakes_are_refused() -> None:
     slots = SlotTable(1)
     slots.claim("a")
-    with pytest.raises(EngineStateError, match="Adapter 'a' has a slot already. Acquire it instead."):
+    with pytest.raises(EngineStateError, match=r"Adapter 'a' has a slot already\. Acquire it instead\."):
         slots.claim("a")
     slots.release(0)
-    with pytest.raises(EngineStateError, match="Slot 0 is released but has no user."):
+    with pytest.raises(EngineStateError, match=r"Slot 0 is released but has no user\."):
         slots.release(0)
     slots.acquire("a")
     with pytest.raises(EngineStateError, match=r"The slot table and its users disagree about slots \[0\]."):

@@ -1,0 +1,151 @@
+"""The engine of this project: a step loop in a thread, behind the asynchronous interface of `Engine`.
+
+Knows requests and events, and admits no more than the queue holds. The loop decides and runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from concurrent.futures import Future
+from typing import Any
+
+from adapterhub.base.identity import Base
+from adapterhub.base.prompts import stop_token_ids
+from adapterhub.errors import AdapterLoadError, ContextTooLongError, OverloadedError
+from server.engine.detokenize import TokenTexts
+from server.engine.host import Loads
+from server.engine.sampling import Sampler
+from server.engine.scheduler import Limits
+from server.engine.step_loop import StepLoop, StepRunner
+from server.engine.track import Track
+from server.engine.types import AdapterHandle, EngineStatus, Event, GenerateRequest, TokenEvent
+
+__all__ = ["NativeEngine"]
+
+
+class NativeEngine:
+    """Generates with a `Runner`. tokenizer: the base's, not shared with other threads."""
+
+    def __init__(self, runner: StepRunner, tokenizer: Any, base: Base, *, limits: Limits | None = None) -> None:
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._base = base
+        self._limits = limits or Limits()
+        self._texts = TokenTexts(tokenizer)
+        self._stop_ids = frozenset(stop_token_ids(tokenizer))
+        self._loads: Loads[Any] = Loads(runner.load_adapter)
+        self._open: dict[str, Track] = {}
+        self._loop: StepLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt plus answer of one request: what the base knows and the key-value memory holds."""
+        return min(self._base.context_tokens, self._runner.num_blocks * self._runner.block_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps run so far."""
+        return 0 if self._loop is None else self._loop.num_steps
+
+    async def start(self) -> None:
+        """Start the step thread; a second call does nothing."""
+        if self._thread is not None:
+            return
+        self._loop = StepLoop(
+            self._runner,
+            Sampler(self._texts),
+            limits=self._limits,
+            request_load=self._start_load,
+            loop=asyncio.get_running_loop(),
+        )
+        self._thread = threading.Thread(target=self._loop.run, name="steps", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End every request in flight with an ErrorEvent and wait for the thread; a second call does nothing."""
+        if self._loop is None or self._thread is None:
+            return
+        self._loop.stop()
+        await asyncio.to_thread(self._thread.join)
+        self._loads.stop()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Yield token events and then exactly one terminal event; closing the generator cancels the request.
+
+        Raises OverloadedError when the queue is full or the engine is not running, and ContextTooLongError.
+        """
+        loop = self._admit(request)
+        track = Track(request, self._tokenizer, self._stop_ids)
+        self._open[request.request_id] = track
+        is_finished = False
+        try:
+            if request.adapter is not None and not loop.is_near(request.adapter.digest):
+                self._start_load(request.adapter)
+            loop.put(track)
+            while not is_finished:
+                event = await track.events.get()
+                is_finished = not isinstance(event, TokenEvent)
+                yield event
+        finally:
+            del self._open[request.request_id]
+            if not is_finished:
+                loop.put(request.request_id)
+
+    def _admit(self, request: GenerateRequest) -> StepLoop:
+        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
+        if num_tokens > self.context_tokens:
+            raise ContextTooLongError(
+                f"Request {request.request_id!r} needs {num_tokens} tokens; the context has {self.context_tokens}.",
+                "Shorten the prompt or ask for fewer tokens.",
+            )
+        if self._loop is None or not self.status().is_ready:
+            raise OverloadedError("The engine is not running.", "Send the request again later.")
+        waiting = [track for track in self._open.values() if not track.sequence.block_ids]
+        num_waiting_tokens = sum(len(track.request.prompt_token_ids) for track in waiting)
+        limits = self._limits
+        if len(waiting) >= limits.max_waiting or num_waiting_tokens >= limits.max_waiting_tokens:
+            raise OverloadedError(
+                f"The queue is full: {len(waiting)} requests with {num_waiting_tokens} prompt tokens wait; "
+                f"at most {limits.max_waiting} requests and {limits.max_waiting_tokens} tokens may.",
+                f"Send the request again in {self.status().retry_after_s} s.",
+            )
+        return self._loop
+
+    def _start_load(self, handle: AdapterHandle) -> Future[Any]:
+        return self._loads.start(handle, self._on_loaded)
+
+    def _on_loaded(self, handle: AdapterHandle, future: Future[Any]) -> None:
+        assert self._loop is not None
+        error = future.exception()
+        if isinstance(error, AdapterLoadError):
+            self._loop.put_loaded(handle, None, error)
+        else:
+            self._loop.put_loaded(handle, future.result(), None)
+
+    async def load(self, handle: AdapterHandle) -> None:
+        """Load an adapter, and write it into a slot at once if one has no user. Raises AdapterLoadError."""
+        if self._loop is None:
+            raise OverloadedError("The engine is not running.", "Start it first.")
+        if not self._loop.is_near(handle.digest):
+            await asyncio.wrap_future(self._start_load(handle))
+
+    def resident(self) -> list[str]:
+        """Digests that are on the device or on the host."""
+        return [] if self._loop is None else self._loop.near_digests()
+
+    def status(self) -> EngineStatus:
+        """Say how busy the engine is."""
+        loop, thread = self._loop, self._thread
+        if loop is None or thread is None:
+            return EngineStatus(is_ready=False, num_running=0, num_waiting=0, retry_after_s=1)
+        num_running = loop.num_running
+        num_waiting = max(0, len(self._open) - num_running)
+        return EngineStatus(
+            is_ready=thread.is_alive() and not loop.is_stopping,
+            num_running=num_running,
+            num_waiting=num_waiting,
+            retry_after_s=loop.retry_after_s(num_waiting),
+        )

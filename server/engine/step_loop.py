@@ -1,0 +1,331 @@
+"""The loop that runs steps, in one thread: take messages, plan, write slots, run, record.
+
+Slots are written here and only here, between steps. Knows sequences, tokens and loaded adapters; no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, assert_never
+
+from torch import Tensor
+
+from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError
+from server.engine.blocks import BlockPool
+from server.engine.runner import StepRow
+from server.engine.sampling import Sampler
+from server.engine.scheduler import Limits, Row, Scheduler, StepPlan
+from server.engine.scheduler import Sequence as SequenceState
+from server.engine.slots import SlotTable
+from server.engine.track import Track
+from server.engine.types import AdapterHandle, ErrorEvent, Event, TokenEvent, TokenLogprob
+
+__all__ = ["StepLoop", "StepRunner"]
+
+_log = logging.getLogger(__name__)
+# Weight of the newest request in the mean duration: the mean follows a change of load within some tens of requests.
+_NEWEST_WEIGHT = 0.1
+_MAX_RETRY_AFTER_S = 60
+
+
+class StepRunner(Protocol):
+    """What the loop needs of `server.engine.runner.Runner`."""
+
+    num_slots: int
+    block_size: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks for keys and values."""
+        ...
+
+    @property
+    def epoch(self) -> int:
+        """Number of slot writes so far."""
+        ...
+
+    def load_adapter(self, view: Path) -> Any:
+        """Load the adapter of a view; called in other threads."""
+        ...
+
+    def write_slot(self, slot: int, adapter: Any) -> int:
+        """Put an adapter into a slot and return the new epoch."""
+        ...
+
+    def clear_slot(self, slot: int) -> int:
+        """Empty a slot and return the new epoch."""
+        ...
+
+    def step(self, rows: Sequence[StepRow], *, epoch: int) -> Tensor:
+        """Run the rows; return the logits of each row's last token, (len(rows), V) float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The outcome of a load: an adapter or the reason why there is none."""
+
+    handle: AdapterHandle
+    adapter: Any
+    error: AdapterLoadError | None
+
+
+_Message = Track | _Loaded | str  # A new request, the outcome of a load, the id of a request to cancel.
+
+
+class StepLoop:
+    """Owns the scheduler, the slots, the blocks and every request in flight.
+
+    request_load: asks for an adapter that is neither on the host nor on the device; the answer comes by `put_loaded`.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        sampler: Sampler,
+        *,
+        limits: Limits,
+        request_load: Callable[[AdapterHandle], object],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._runner = runner
+        self._sampler = sampler
+        self._limits = limits
+        self._request_load = request_load
+        self._loop = loop
+        self._slots = SlotTable(runner.num_slots)
+        self._slots.epoch = runner.epoch
+        self._blocks = BlockPool(runner.num_blocks, block_size=runner.block_size)
+        self._scheduler = Scheduler(self._slots, self._blocks, limits)
+        self._tracks: dict[str, Track] = {}
+        self._loaded: dict[str, Any] = {}
+        self._inbox: deque[_Message] = deque()
+        self._wake = threading.Condition()
+        self.is_stopping = False
+        self._has_rows = False
+        self._mean_duration_s = 1.0
+        self.num_steps = 0
+
+    # What other threads may call.
+
+    def put(self, message: Track | str) -> None:
+        """Hand over a new request, or the id of one to cancel. After the end a new request fails at once."""
+        with self._wake:
+            if not self.is_stopping:
+                self._inbox.append(message)
+                self._wake.notify()
+                return
+        if isinstance(message, Track):
+            self._emit([(message, ErrorEvent(_stopping()))])
+
+    def put_loaded(self, handle: AdapterHandle, adapter: Any, error: AdapterLoadError | None) -> None:
+        """Hand over the outcome of a load."""
+        with self._wake:
+            self._inbox.append(_Loaded(handle, adapter, error))
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """End after the step that runs now; requests in flight fail."""
+        with self._wake:
+            self.is_stopping = True
+            self._wake.notify()
+
+    def is_near(self, digest: str) -> bool:
+        """Tell whether an adapter is on the host or on the device."""
+        return digest in self._loaded or self._slots.find(digest) is not None
+
+    def near_digests(self) -> list[str]:
+        """Return what is on the device or on the host."""
+        return sorted({*self._slots.digests(), *list(self._loaded)})
+
+    @property
+    def num_running(self) -> int:
+        """Requests that take part in steps."""
+        return self._scheduler.num_running
+
+    def retry_after_s(self, num_waiting: int) -> int:
+        """Say when a place is likely to be free, from the mean duration of requests."""
+        rounds = (num_waiting + 1) / self._limits.max_sequences
+        return min(_MAX_RETRY_AFTER_S, 1 + int(rounds * self._mean_duration_s))
+
+    # The thread.
+
+    def run(self) -> None:
+        """Run steps until stopped; then every request that is left fails."""
+        error: AdapterHubError = _stopping()
+        try:
+            while self._take_messages():
+                plan = self._scheduler.schedule(loaded=self._loaded)
+                self._has_rows = bool(plan.rows)
+                for digest in plan.missing:
+                    self._request_load(self._handle_of(digest))
+                if self._write_slots(plan) and plan.rows:
+                    self._run_rows(plan.rows)
+        except Exception as exc:  # The thread ends here, and nobody may be left waiting.
+            _log.exception("the engine stopped after %d steps", self.num_steps)
+            error = AdapterHubError(f"The engine stopped: {exc}", "Restart the server and report its log.")
+        with self._wake:
+            self.is_stopping = True
+            self._tracks |= {
+                message.request.request_id: message for message in self._inbox if isinstance(message, Track)
+            }
+        self._emit([(track, ErrorEvent(error)) for track in self._tracks.values()])
+
+    def _take_messages(self) -> bool:
+        """Handle what came in; wait for something when there is nothing to run. False when it is time to stop."""
+        if not self._tracks:
+            self._scheduler.check_integrity()
+        with self._wake:
+            while not (self._inbox or self._has_rows or self.is_stopping):
+                self._wake.wait()
+            messages = [self._inbox.popleft() for _ in range(len(self._inbox))]
+            if self.is_stopping:
+                self._inbox.extend(messages)
+                return False
+        for message in messages:
+            self._handle(message)
+        return True
+
+    def _handle(self, message: _Message) -> None:
+        match message:
+            case Track():
+                self._tracks[message.request.request_id] = message
+                self._scheduler.add(message.sequence)
+            case _Loaded(error=AdapterLoadError() as error):
+                self._fail(self._scheduler.waiting_for(message.handle.digest), error)
+            case _Loaded():
+                self._keep(message)
+            case str():
+                track = self._tracks.pop(message, None)
+                if track is not None:
+                    self._scheduler.finish(track.sequence)
+            case _:
+                assert_never(message)
+
+    def _keep(self, loaded: _Loaded) -> None:
+        """Keep a loaded adapter on the host until it is written; put it into a slot at once if one has no user."""
+        digest = loaded.handle.digest
+        if self._slots.find(digest) is not None:
+            return
+        self._loaded[digest] = loaded.adapter
+        if not self._scheduler.waiting_for(digest):
+            slot = self._slots.claim(digest)
+            if slot is not None:
+                error = self._write_slot(slot, digest)
+                self._slots.release(slot)
+                if error is not None:
+                    self._empty_slot(slot)
+        needed = self._scheduler.waiting_digests()
+        for spare in [one for one in self._loaded if one not in needed][: -self._runner.num_slots]:
+            del self._loaded[spare]
+
+    def _write_slots(self, plan: StepPlan) -> bool:
+        """Write every slot of a plan. An adapter that fails ends its own requests, and the step is planned again."""
+        is_written = True
+        for slot, digest in plan.writes:
+            error = self._write_slot(slot, digest)
+            if error is not None:
+                is_written = False
+                self._fail(self._scheduler.sequences_of(digest), error)
+                self._empty_slot(slot)
+        return is_written
+
+    def _write_slot(self, slot: int, digest: str) -> AdapterLoadError | None:
+        """Write a claimed slot; return why it cannot be."""
+        try:
+            self._slots.epoch = self._runner.write_slot(slot, self._loaded.pop(digest))
+        except Exception as exc:  # What cannot be written ends its own requests, not the loop.
+            _log.exception("adapter %s cannot be written to slot %d", digest, slot)
+            return AdapterLoadError(f"Adapter {digest[:12]} does not fit into a slot: {exc}", "Choose another version.")
+        return None
+
+    def _empty_slot(self, slot: int) -> None:
+        """Leave nothing of an adapter that was written in part."""
+        self._slots.discard(slot)
+        self._slots.epoch = self._runner.clear_slot(slot)
+
+    def _run_rows(self, rows: Sequence[Row]) -> None:
+        """Run one step and record what it gave."""
+        try:
+            logits = self._runner.step([_step_row(row) for row in rows], epoch=self._slots.epoch)
+        except Exception as exc:  # The requests of this step end here; the next step may be fine.
+            _log.exception("step %d failed", self.num_steps)
+            error = AdapterHubError(f"The step failed: {exc}", "Send the request again; report the server's log.")
+            self._fail([row.sequence for row in rows], error)
+            return
+        self.num_steps += 1
+        sampled = [idx for idx, row in enumerate(rows) if row.is_sampled]
+        tracks = [self._tracks[rows[idx].sequence.request_id] for idx in sampled]
+        results = self._sampler.sample(logits[sampled], [track.draw for track in tracks])
+        for row in rows:
+            if not row.is_sampled:
+                self._scheduler.advance(row, None)
+        events: list[tuple[Track, Event]] = []
+        for idx, track, result in zip(sampled, tracks, results, strict=True):
+            events += [(track, event) for event in self._record(rows[idx], track, result)]
+        self._emit(events)
+
+    def _record(self, row: Row, track: Track, result: tuple[int, TokenLogprob | None] | None) -> list[Event]:
+        """Record the new token of one row, or that it has none because its logits are not finite."""
+        if result is None:
+            events: list[Event] = [ErrorEvent(_not_finite(track))]
+        else:
+            self._scheduler.advance(row, result[0])
+            events = track.accept(*result)
+        if not isinstance(events[-1], TokenEvent):
+            self._scheduler.finish(track.sequence)
+            del self._tracks[track.request.request_id]
+            duration_s = time.monotonic() - track.started_s
+            self._mean_duration_s += _NEWEST_WEIGHT * (duration_s - self._mean_duration_s)
+        return events
+
+    def _fail(self, sequences: Sequence[SequenceState], error: AdapterHubError) -> None:
+        """End requests with an error."""
+        events: list[tuple[Track, Event]] = []
+        for sequence in sequences:
+            self._scheduler.finish(sequence)
+            events.append((self._tracks.pop(sequence.request_id), ErrorEvent(error)))
+        self._emit(events)
+
+    def _emit(self, events: Sequence[tuple[Track, Event]]) -> None:
+        """Hand events to the event loop, all of a step at once."""
+
+        def deliver() -> None:
+            for track, event in events:
+                track.events.put_nowait(event)
+
+        if events:
+            with suppress(RuntimeError):  # The event loop is closed: nobody listens any more.
+                self._loop.call_soon_threadsafe(deliver)
+
+    def _handle_of(self, digest: str) -> AdapterHandle:
+        track = self._tracks[self._scheduler.waiting_for(digest)[0].request_id]
+        assert track.request.adapter is not None
+        return track.request.adapter
+
+
+def _step_row(row: Row) -> StepRow:
+    slot = row.sequence.slot
+    assert slot is not None
+    return StepRow(row.token_ids, row.start, tuple(row.sequence.block_ids), slot)
+
+
+def _stopping() -> OverloadedError:
+    return OverloadedError("The server is shutting down.", "Send the request again later.")
+
+
+def _not_finite(track: Track) -> AdapterHubError:
+    adapter = track.request.adapter
+    name = "the base" if adapter is None else f"adapter {adapter.label!r}"
+    return AdapterHubError(
+        f"The model gave values that are not finite with {name}.",
+        "Choose another version; the adapter may have been trained with too high a learning rate.",
+    )

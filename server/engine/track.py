@@ -1,0 +1,47 @@
+"""One request inside the engine: from sampled tokens to events. Knows text and stop conditions, no tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Container
+
+from server.engine.detokenize import Detokenizer, StopFilter, Tokenizer
+from server.engine.sampling import Draw
+from server.engine.scheduler import Sequence
+from server.engine.types import Event, FinishEvent, FinishReason, GenerateRequest, TokenEvent, TokenLogprob
+
+__all__ = ["Track"]
+
+
+class Track:
+    """What the engine keeps about one request. `events` belongs to the event loop, all else to the step thread."""
+
+    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer, stop_ids: Container[int]) -> None:
+        self.request = request
+        self.sequence = Sequence(
+            request.request_id,
+            None if request.adapter is None else request.adapter.digest,
+            list(request.prompt_token_ids),
+        )
+        self.draw = Draw(request.sampling)
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.started_s = time.monotonic()
+        self._stop_ids = stop_ids
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = StopFilter(request.sampling.stop)
+        self._num_tokens = 0
+
+    def accept(self, token_id: int, logprob: TokenLogprob | None) -> list[Event]:
+        """Take the next token; return its event, and the end if it ends the answer."""
+        self._num_tokens += 1
+        is_end = token_id in self._stop_ids
+        text = "" if is_end else self._stop.add(self._detokenizer.add(token_id))
+        is_last = is_end or self._stop.is_stopped or self._num_tokens == self.request.sampling.max_tokens
+        if is_last:
+            text += self._stop.add(self._detokenizer.flush()) + self._stop.flush()
+        token = TokenEvent(text, token_id, None if is_end else logprob)
+        if not is_last:
+            return [token]
+        reason: FinishReason = "stop" if is_end or self._stop.is_stopped else "length"
+        return [token, FinishEvent(reason, len(self.request.prompt_token_ids), self._num_tokens)]
