@@ -136,6 +136,11 @@ class NativeEngine:
         """Digests that are on the device or on the host."""
         return [] if self._loop is None else self._loop.near_digests()
 
+    def check_integrity(self) -> None:
+        """Check blocks and slots while nothing runs. Raises EngineStateError."""
+        if self._loop is not None:
+            self._loop.check_integrity()
+
     def status(self) -> EngineStatus:
         """Say how busy the engine is."""
         loop, thread = self._loop, self._thread

@@ -64,7 +64,7 @@ class Loads(Generic[_T]):
 
 def _load_error(handle: AdapterHandle, exc: Exception) -> AdapterLoadError:
     error = AdapterLoadError(
-        f"Adapter {handle.label!r} cannot be loaded: {exc}",
+        f"Adapter {handle.label!r} cannot be loaded: {str(exc).rstrip('.')}.",
         f"Check it with `hub adapters verify {handle.label}`, or choose another version.",
     )
     error.__cause__ = exc

@@ -156,6 +156,10 @@ class StepLoop:
         rounds = (num_waiting + 1) / self._limits.max_sequences
         return min(_MAX_RETRY_AFTER_S, 1 + int(rounds * self._mean_duration_s))
 
+    def check_integrity(self) -> None:
+        """Check that blocks and slots are used exactly as the sequences say. Raises EngineStateError."""
+        self._scheduler.check_integrity()
+
     # The thread.
 
     def run(self) -> None:
@@ -171,7 +175,7 @@ class StepLoop:
                     self._run_rows(plan.rows)
         except Exception as exc:  # The thread ends here, and nobody may be left waiting.
             _log.exception("the engine stopped after %d steps", self.num_steps)
-            error = AdapterHubError(f"The engine stopped: {exc}", "Restart the server and report its log.")
+            error = AdapterHubError(f"The engine stopped: {_reason(exc)}", "Restart the server and report its log.")
         with self._wake:
             self.is_stopping = True
             self._tracks |= {
@@ -182,7 +186,7 @@ class StepLoop:
     def _take_messages(self) -> bool:
         """Handle what came in; wait for something when there is nothing to run. False when it is time to stop."""
         if not self._tracks:
-            self._scheduler.check_integrity()
+            self.check_integrity()
         with self._wake:
             while not (self._inbox or self._has_rows or self.is_stopping):
                 self._wake.wait()
@@ -244,7 +248,8 @@ class StepLoop:
             self._slots.epoch = self._runner.write_slot(slot, self._loaded.pop(digest))
         except Exception as exc:  # What cannot be written ends its own requests, not the loop.
             _log.exception("adapter %s cannot be written to slot %d", digest, slot)
-            return AdapterLoadError(f"Adapter {digest[:12]} does not fit into a slot: {exc}", "Choose another version.")
+            what = f"Adapter {digest[:12]} does not fit into a slot: {_reason(exc)}"
+            return AdapterLoadError(what, "Choose another version.")
         return None
 
     def _empty_slot(self, slot: int) -> None:
@@ -258,7 +263,9 @@ class StepLoop:
             logits = self._runner.step([_step_row(row) for row in rows], epoch=self._slots.epoch)
         except Exception as exc:  # The requests of this step end here; the next step may be fine.
             _log.exception("step %d failed", self.num_steps)
-            error = AdapterHubError(f"The step failed: {exc}", "Send the request again; report the server's log.")
+            error = AdapterHubError(
+                f"The step failed: {_reason(exc)}", "Send the request again; report the server's log."
+            )
             self._fail([row.sequence for row in rows], error)
             return
         self.num_steps += 1
@@ -316,6 +323,10 @@ def _step_row(row: Row) -> StepRow:
     slot = row.sequence.slot
     assert slot is not None
     return StepRow(row.token_ids, row.start, tuple(row.sequence.block_ids), slot)
+
+
+def _reason(exc: Exception) -> str:
+    return str(exc).rstrip(".") + "."
 
 
 def _stopping() -> OverloadedError:

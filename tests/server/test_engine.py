@@ -1,0 +1,443 @@
+"""The promises of every engine, then those of the native one, over a fake runner.
+
+The fake runner reads every row's history back through its blocks and checks the epoch, so a wrong block, slot or
+adapter changes an answer or fails an assertion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adapterhub.base import Base
+from adapterhub.base.prompts import text_token_ids
+from adapterhub.errors import AdapterHubError, AdapterLoadError, ContextTooLongError, OverloadedError
+from server.engine.engine import NativeEngine
+from server.engine.fake import FakeEngine
+from server.engine.scheduler import Limits
+from server.engine.types import (
+    AdapterHandle,
+    Engine,
+    ErrorEvent,
+    Event,
+    FinishEvent,
+    GenerateRequest,
+    SamplingParams,
+    TokenEvent,
+)
+from tests.support.fake_runner import FakeRunner, expected_token
+from tests.support.tiny_models import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+BASE = Base("tiny", Path(), "none", "0" * 64, "1" * 64, 128, {})
+
+
+def handle(name: str) -> AdapterHandle:
+    return AdapterHandle(f"digest-{name}", Path(name), f"{name}@v1")
+
+
+def request(name: str, adapter: str | None = None, *, prompt: str = "hello", max_tokens: int = 8, **sampling):
+    return GenerateRequest(
+        request_id=name,
+        prompt_token_ids=tuple(text_token_ids(TOKENIZER, prompt)),
+        adapter=None if adapter is None else handle(adapter),
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+    )
+
+
+def expected_answer(asked: GenerateRequest) -> list[int]:
+    history = list(asked.prompt_token_ids)
+    for _ in range(asked.sampling.max_tokens):
+        history.append(expected_token(history, asked.adapter.view.name if asked.adapter else ""))
+    return history[len(asked.prompt_token_ids) :]
+
+
+@asynccontextmanager
+async def running(runner: FakeRunner, **limits: int) -> AsyncIterator[NativeEngine]:
+    engine = NativeEngine(runner, TOKENIZER, BASE, limits=Limits(**limits))
+    await engine.start()
+    try:
+        yield engine
+        await until(lambda: engine.status().num_running == 0)
+        engine.check_integrity()
+    finally:
+        runner.gate.set()
+        await engine.stop()
+
+
+async def collect(engine: Engine, asked: GenerateRequest) -> list[Event]:
+    async with aclosing(engine.generate(asked)) as events:
+        return [event async for event in events]
+
+
+async def tokens_of(engine: Engine, asked: GenerateRequest) -> list[int]:
+    events = await collect(engine, asked)
+    assert isinstance(events[-1], FinishEvent), events[-1]
+    return [event.token_id for event in events if isinstance(event, TokenEvent)]
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 5) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+# What every engine promises.
+
+
+@pytest.fixture(params=["native", "fake"])
+async def any_engine(request: pytest.FixtureRequest) -> AsyncGenerator[Engine, None]:
+    if request.param == "fake":
+        engine: Engine = FakeEngine(
+            TOKENIZER, lambda text: text_token_ids(TOKENIZER, text), context_tokens=128, broken=["digest-broken"]
+        )
+    else:
+        runner = FakeRunner()
+        runner.broken_loads = {"broken"}
+        engine = NativeEngine(runner, TOKENIZER, BASE)
+    await engine.start()
+    await engine.start()
+    yield engine
+    await engine.stop()
+    await engine.stop()
+
+
+async def test_an_answer_is_token_events_and_one_terminal_event(any_engine: Engine) -> None:
+    events = await collect(any_engine, request("r", "a"))
+    assert all(isinstance(event, TokenEvent) for event in events[:-1])
+    assert events[-1] == FinishEvent("length", 5, 8)
+    assert len(events) == 9
+    assert any_engine.status().num_running == 0
+
+
+async def test_the_same_request_gives_the_same_answer(any_engine: Engine) -> None:
+    assert await collect(any_engine, request("1", "a")) == await collect(any_engine, request("2", "a"))
+
+
+async def test_different_adapters_give_different_answers(any_engine: Engine) -> None:
+    names = [None, "alpha", "beta"]
+    answers = await asyncio.gather(*(collect(any_engine, request(f"{name}", name)) for name in names))
+    texts = ["".join(event.text for event in answer[:-1]) for answer in answers]
+    assert len(set(texts)) == 3
+
+
+async def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(any_engine: Engine) -> None:
+    free = await collect(any_engine, request("free", "a", max_tokens=20))
+    text = "".join(event.text for event in free[:-1])
+    stop = text[6:8]
+    events = await collect(any_engine, request("cut", "a", max_tokens=20, stop=(stop,)))
+    assert "".join(event.text for event in events[:-1]) == text[: text.index(stop)]
+    assert events[-1].reason == "stop"
+
+
+async def test_log_probabilities_come_only_when_asked_for(any_engine: Engine) -> None:
+    plain = await collect(any_engine, request("plain"))
+    scored = await collect(any_engine, request("scored", logprobs=1))
+    assert all(event.logprob is None for event in plain[:-1])
+    for event in scored[:-1]:
+        assert event.logprob.chosen.token_id == event.token_id
+        assert event.logprob.top[0] == event.logprob.chosen
+
+
+async def test_a_broken_adapter_fails_only_its_own_requests(any_engine: Engine) -> None:
+    broken, fine = await asyncio.gather(
+        collect(any_engine, request("b", "broken")), collect(any_engine, request("f", "a"))
+    )
+    assert len(broken) == 1
+    assert isinstance(broken[0].error, AdapterLoadError)
+    assert str(broken[0].error).startswith("Adapter 'broken@v1' cannot be loaded: ")
+    assert isinstance(fine[-1], FinishEvent)
+    with pytest.raises(AdapterLoadError, match="cannot be loaded"):
+        await any_engine.load(handle("broken"))
+
+
+async def test_loading_makes_an_adapter_resident(any_engine: Engine) -> None:
+    await any_engine.load(handle("a"))
+    await until(lambda: any_engine.resident() == ["digest-a"])
+
+
+async def test_closing_the_generator_cancels_the_request(any_engine: Engine) -> None:
+    async with aclosing(any_engine.generate(request("r", max_tokens=100))) as events:
+        await anext(events)
+    await until(lambda: any_engine.status().num_running == 0)
+
+
+async def test_a_stopped_engine_refuses(any_engine: Engine) -> None:
+    await any_engine.stop()
+    assert not any_engine.status().is_ready
+    with pytest.raises(OverloadedError):
+        await collect(any_engine, request("late"))
+
+
+# What the native engine promises.
+
+
+async def test_answers_follow_the_model_whatever_runs_beside_them() -> None:
+    runner = FakeRunner(num_blocks=128)
+    prompts = ["a", "bc" * 9, "hello world", "x" * 40]
+    asked = [
+        request(f"{idx}", [None, "a", "b"][idx % 3], prompt=prompts[idx % 4], max_tokens=3 + idx) for idx in range(16)
+    ]
+    async with running(runner, max_step_tokens=16) as engine:
+        answers = await asyncio.gather(*(tokens_of(engine, one) for one in asked))
+    assert answers == [expected_answer(one) for one in asked]
+
+
+async def test_requests_that_arrive_together_run_in_one_batch() -> None:
+    runner = FakeRunner()
+    runner.gate.clear()
+    async with running(runner) as engine:
+        blocker = asyncio.create_task(tokens_of(engine, request("first", max_tokens=1)))
+        await until(lambda: engine.status().num_running == 1)
+        for name in "abc":
+            await engine.load(handle(name))
+        asked = [request(f"{name}", name, max_tokens=6) for name in (None, "a", "b", "c")]
+        tasks = [asyncio.create_task(tokens_of(engine, one)) for one in asked]
+        await until(lambda: engine.status().num_waiting == 4)
+        runner.gate.set()
+        answers = await asyncio.gather(*tasks)
+        await blocker
+    assert answers == [expected_answer(one) for one in asked]
+    assert len(runner.steps) == 1 + 6  # One for the first request, then six for all four together.
+    assert all(len({row.slot for row in rows}) == 4 for rows in runner.steps[1:])
+
+
+async def test_more_adapters_than_slots_are_served_in_turn_and_correctly() -> None:
+    runner = FakeRunner(num_slots=2, num_blocks=128)
+    asked = [request(f"{idx}", f"adapter{idx % 7}", max_tokens=4) for idx in range(28)]
+    async with running(runner) as engine:
+        answers = await asyncio.gather(*(tokens_of(engine, one) for one in asked))
+        assert len(engine.resident()) <= 4
+    assert answers == [expected_answer(one) for one in asked]
+    assert len(runner.writes) >= 7
+
+
+async def test_the_key_value_memory_may_be_smaller_than_what_is_asked_for() -> None:
+    runner = FakeRunner(num_blocks=14, block_size=4)  # 56 tokens for three times 45.
+    asked = [request(f"{idx}", "a", max_tokens=40) for idx in range(3)]
+    async with running(runner) as engine:
+        assert engine.context_tokens == 56
+        answers = await asyncio.gather(*(tokens_of(engine, one) for one in asked))
+    assert answers == [expected_answer(one) for one in asked]
+
+
+async def test_churn_of_slots_and_cancellations_never_changes_an_answer() -> None:
+    runner = FakeRunner(num_slots=2, num_blocks=40, step_s=0.0005)
+    long = request("long", "steady", max_tokens=60)
+    async with running(runner, max_sequences=4) as engine:
+        steady = asyncio.create_task(tokens_of(engine, long))
+        for idx in range(30):
+            asked = request(f"{idx}", f"churn{idx % 5}", max_tokens=3)
+            if idx % 3 == 0:
+                async with aclosing(engine.generate(asked)) as events:
+                    await anext(events)
+            else:
+                assert await tokens_of(engine, asked) == expected_answer(asked)
+        assert await steady == expected_answer(long)
+
+
+async def test_an_end_token_ends_the_answer_and_has_no_text() -> None:
+    class Ending(FakeRunner):
+        def step(self, rows, *, epoch):
+            logits = super().step(rows, epoch=epoch)
+            if len(self.steps) == 3:
+                logits[:, TOKENIZER.eos_token_id] = 9.0
+            return logits
+
+    async with running(Ending()) as engine:
+        events = await collect(engine, request("r", logprobs=0))
+    assert events[-1] == FinishEvent("stop", 5, 3)
+    assert events[-2] == TokenEvent("", TOKENIZER.eos_token_id, None)
+
+
+async def test_a_seed_repeats_an_answer_in_any_company() -> None:
+    async def answer(company: int) -> list[int]:
+        async with running(FakeRunner()) as engine:
+            others = [request(f"o{idx}", temperature=2.0) for idx in range(company)]
+            asked = request("r", "a", temperature=2.0, seed=5, max_tokens=12)
+            answers = await asyncio.gather(*(tokens_of(engine, one) for one in [*others, asked]))
+            return answers[-1]
+
+    assert await answer(0) == await answer(5)
+
+
+async def test_values_that_are_not_finite_fail_only_their_request() -> None:
+    runner = FakeRunner()
+    runner.poisoned = {"bad"}
+    async with running(runner) as engine:
+        bad, fine = await asyncio.gather(
+            collect(engine, request("bad", "bad")), tokens_of(engine, request("fine", "good"))
+        )
+    assert str(bad[-1].error) == (
+        "The model gave values that are not finite with adapter 'bad@v1'. "
+        "Choose another version; the adapter may have been trained with too high a learning rate."
+    )
+    assert fine == expected_answer(request("fine", "good"))
+
+
+async def test_an_adapter_that_cannot_be_written_fails_only_its_requests() -> None:
+    runner = FakeRunner(num_slots=2)
+    runner.broken_writes = {"wide"}
+    async with running(runner) as engine:
+        wide, fine = await asyncio.gather(
+            collect(engine, request("w", "wide")), tokens_of(engine, request("f", "good"))
+        )
+        assert str(wide[-1].error) == "Adapter digest-wide does not fit into a slot: too wide. Choose another version."
+        assert fine == expected_answer(request("f", "good"))
+        await engine.load(handle("wide"))  # It loads, but no slot takes it, and nothing breaks.
+        assert await tokens_of(engine, request("g", "good")) == expected_answer(request("g", "good"))
+    assert "digest-wide" not in engine.resident()
+
+
+async def test_a_failed_step_ends_its_requests_and_the_engine_goes_on() -> None:
+    runner = FakeRunner()
+    runner.broken_steps = {"heavy"}
+    async with running(runner) as engine:
+        events = await collect(engine, request("h", "heavy"))
+        assert str(events[-1].error) == (
+            "The step failed: out of memory. Send the request again; report the server's log."
+        )
+        assert await tokens_of(engine, request("f")) == expected_answer(request("f"))
+
+
+async def test_a_slow_load_does_not_stop_the_others() -> None:
+    runner = FakeRunner()
+    runner.load_s = {"slow": 0.3}
+    async with running(runner) as engine:
+        slow = asyncio.create_task(tokens_of(engine, request("s", "slow")))
+        started_s = time.monotonic()
+        for idx in range(5):
+            await tokens_of(engine, request(f"{idx}", "quick"))
+        assert time.monotonic() - started_s < 0.3
+        assert not slow.done()
+        await slow
+    assert runner.loads.count("quick") == 1
+
+
+async def test_requests_of_one_adapter_share_one_load() -> None:
+    runner = FakeRunner()
+    runner.load_s = {"a": 0.05}
+    async with running(runner) as engine:
+        await asyncio.gather(*(tokens_of(engine, request(f"{idx}", "a")) for idx in range(6)))
+    assert runner.loads == ["a"]
+    assert len(runner.writes) == 1
+
+
+async def test_loading_ahead_writes_the_slot_before_anyone_asks() -> None:
+    runner = FakeRunner()
+    async with running(runner) as engine:
+        await engine.load(handle("a"))
+        await until(lambda: runner.writes == [(0, "a")])
+        await engine.load(handle("a"))
+        await tokens_of(engine, request("r", "a"))
+    assert runner.loads == ["a"]
+
+
+async def test_loading_ahead_never_takes_a_slot_in_use() -> None:
+    runner = FakeRunner(num_slots=1, step_s=0.002)
+    async with running(runner) as engine:
+        task = asyncio.create_task(tokens_of(engine, request("r", "a", max_tokens=30)))
+        await until(lambda: runner.writes)
+        await engine.load(handle("b"))
+        await until(lambda: len(engine.resident()) == 2)
+        assert await task == expected_answer(request("r", "a", max_tokens=30))
+        assert runner.writes == [(0, "a")]
+        await tokens_of(engine, request("s", "b"))
+    assert runner.loads == ["a", "b"]
+
+
+async def test_a_cancelled_request_frees_its_place_while_waiting_and_while_running() -> None:
+    runner = FakeRunner(num_slots=1, step_s=0.002)
+    async with running(runner) as engine:
+        first = asyncio.create_task(collect(engine, request("first", "a", max_tokens=100)))
+        await until(lambda: engine.status().num_running == 1)
+        second = asyncio.create_task(collect(engine, request("second", "b")))
+        await until(lambda: engine.status().num_waiting == 1)
+        for task in (second, first):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await until(lambda: engine.status().num_running == 0)
+        num_steps = len(runner.steps)
+        await asyncio.sleep(0.02)
+        assert len(runner.steps) == num_steps
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    runner = FakeRunner()
+    runner.gate.clear()
+    async with running(runner, max_sequences=1, max_waiting=2) as engine:
+        tasks = [asyncio.create_task(collect(engine, request("0")))]
+        await until(lambda: engine.status().num_running == 1)
+        tasks += [asyncio.create_task(collect(engine, request(f"{idx}"))) for idx in (1, 2)]
+        await until(lambda: engine.status().num_waiting == 2)
+        message = (
+            r"^The queue is full: 2 requests with 10 prompt tokens wait; at most 2 requests and 1048576 tokens may\. "
+            r"Send the request again in 4 s\.$"
+        )
+        with pytest.raises(OverloadedError, match=message):
+            await collect(engine, request("more"))
+        runner.gate.set()
+        assert all(isinstance((await task)[-1], FinishEvent) for task in tasks)
+
+
+async def test_the_queue_is_bounded_by_tokens_too() -> None:
+    runner = FakeRunner()
+    runner.gate.clear()
+    async with running(runner, max_sequences=1, max_waiting_tokens=8) as engine:
+        tasks = [asyncio.create_task(collect(engine, request("0")))]
+        await until(lambda: engine.status().num_running == 1)
+        tasks += [asyncio.create_task(collect(engine, request(f"{idx}"))) for idx in (1, 2)]
+        await until(lambda: engine.status().num_waiting == 2)
+        with pytest.raises(OverloadedError, match="2 requests with 10 prompt tokens wait"):
+            await collect(engine, request("more"))
+        runner.gate.set()
+        await asyncio.gather(*tasks)
+
+
+async def test_a_request_longer_than_the_context_is_refused() -> None:
+    async with running(FakeRunner()) as engine:
+        with pytest.raises(ContextTooLongError, match=r"^Request 'r' needs 129 tokens; the context has 128\. Shorten"):
+            await collect(engine, request("r", max_tokens=124))
+
+
+async def test_stopping_ends_requests_in_flight_with_an_error() -> None:
+    runner = FakeRunner(num_slots=1, step_s=0.005)
+    engine = NativeEngine(runner, TOKENIZER, BASE)
+    await engine.start()
+    tasks = [asyncio.create_task(collect(engine, request(f"{name}", name, max_tokens=90))) for name in "ab"]
+    await until(lambda: engine.status().num_running == 1)
+    await engine.stop()
+    for events in await asyncio.gather(*tasks):
+        assert str(events[-1].error) == "The server is shutting down. Send the request again later."
+    assert engine.status().num_waiting == 0
+
+
+async def test_a_mistake_in_the_loop_ends_every_request_and_readiness(monkeypatch, caplog) -> None:
+    engine = NativeEngine(FakeRunner(), TOKENIZER, BASE)
+    await engine.start()
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("server.engine.scheduler.Scheduler.schedule", broken)
+    events = await collect(engine, request("r"))
+    assert isinstance(events[-1], ErrorEvent)
+    assert type(events[-1].error) is AdapterHubError
+    assert str(events[-1].error) == "The engine stopped: oops. Restart the server and report its log."
+    assert not engine.status().is_ready
+    assert "the engine stopped after 0 steps" in caplog.text
+    await engine.stop()
+
+
+async def test_a_request_may_use_the_same_id_again() -> None:
+    async with running(FakeRunner()) as engine:
+        asked = request("same", "a")
+        assert await tokens_of(engine, asked) == await tokens_of(engine, replace(asked))
