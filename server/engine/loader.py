@@ -31,8 +31,6 @@ __all__ = ["LoadedAdapter", "load_adapter"]
 _BASE_FILE = "adapterhub.json"
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
-# Rows of the base weight converted to float64 at a time: 8 MiB for 1,024 inputs.
-_CHUNK_ROWS = 1024
 # A scale this close to one is one: float32 cannot tell m / ||W|| of an untrained DoRA from it.
 _UNIT_TOLERANCE = 1e-6
 
@@ -175,16 +173,13 @@ def _build_dora(a: Tensor, b: Tensor, magnitude: Tensor, *, layer: nn.Module) ->
 def _row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return ||W + B A|| per row, (O,) float64, without forming B A; weight: (O, H), a: (R, H), b: (O, R).
 
-    ||W_i + b_i A||^2 = ||W_i||^2 + 2 b_i . (A W_i^T) + b_i (A A^T) b_i^T.
+    ||W_i + b_i A||^2 = ||W_i||^2 + 2 b_i . (A W_i^T) + b_i (A A^T) b_i^T, summed in float64: the terms may cancel.
     """
-    a64 = a.to(torch.float64)
-    gram = a64 @ a64.t()
-    squares: list[Tensor] = []
-    for w_rows, b_rows in zip(weight.split(_CHUNK_ROWS), b.split(_CHUNK_ROWS), strict=True):
-        w64, b64 = w_rows.to(torch.float64), b_rows.to(torch.float64)
-        cross = ((w64 @ a64.t()) * b64).sum(dim=1)
-        squares.append(w64.square().sum(dim=1) + 2 * cross + ((b64 @ gram) * b64).sum(dim=1))
-    return torch.cat(squares).clamp_min(0).sqrt()
+    a64, b64 = a.to(torch.float64), b.to(torch.float64)
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
+    cross = ((weight @ a.t()).to(torch.float64) * b64).sum(dim=1)
+    own = ((b64 @ (a64 @ a64.t())) * b64).sum(dim=1)
+    return (squares + 2 * cross + own).clamp_min(0).sqrt()
 
 
 def _own_bytes(weights: SlotWeights, projections: Projections | None) -> int:

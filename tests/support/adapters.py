@@ -53,10 +53,11 @@ def _config(base: Base, method: str, rank: int, peft_config: dict[str, Any]) -> 
     raise ValueError(f"method {method!r} is none of {METHODS}")
 
 
-def _randomize(model: torch.nn.Module) -> None:
+def _randomize(model: torch.nn.Module, strength: float) -> None:
     """Give every adapter tensor values that move the logits well above rounding, yet keep them finite."""
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
+        noise = noise if "lora_A" in name else strength * noise
         if "lora_A" in name:
             parameter.data = noise / parameter.shape[-1] ** 0.5
         elif "lora_B" in name:
@@ -89,24 +90,29 @@ def write_adapter(
     rank: int = 8,
     seed: int = 0,
     pruned: bool = False,
+    strength: float = 1.0,
     as_view: bool = False,
+    plain: PreTrainedModel | None = None,
     **peft_config: Any,
 ) -> Path:
     """Save a PEFT adapter with random, non-zero weights over `base` into `folder` and return the folder.
 
-    pruned: AdaLoRA only, write a checkpoint whose ranks were cut. as_view: also write `adapterhub.json` with the base
-    digest, as the store's views have it. peft_config: options of the method's PEFT config; the default targets are all
-    linears (for IA3 the key, value and down projections).
+    pruned: AdaLoRA only, write a checkpoint whose ranks were cut. strength: how far the adapter moves the base; a deep
+    model with wild adapters amplifies rounding errors. as_view: also write `adapterhub.json` with the base digest, as
+    the store's views have it. plain: the base, already loaded; it is given back as it was. peft_config: options of the
+    method's PEFT config; the default targets are all linears (for IA3 the key, value and down projections).
     """
     quiet_libraries()
     with torch.random.fork_rng(devices=[]), _peft_notices_ignored():
         torch.manual_seed(seed)
-        plain = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, local_files_only=True)
+        if plain is None:
+            plain = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, local_files_only=True)
         model = get_peft_model(plain, _config(base, method, rank, peft_config))
-        _randomize(model)
+        _randomize(model, strength)
         if pruned:
             _prune(model)
         model.save_pretrained(folder, save_embedding_layers=False)
+        model.unload()
     if as_view:
         (folder / "adapterhub.json").write_text(json.dumps({"base_digest": base.digest}), encoding="utf-8")
     return folder
