@@ -6,11 +6,8 @@ a bfloat16 step. No gradient checkpointing: it saves memory, which adapters hard
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -33,9 +31,11 @@ from trainer.loss import label_loss
 from trainer.methods.adalora import AdaLoraDriver, fully_pruned, orthogonality_loss
 from trainer.methods.configs import build_peft_config
 from trainer.methods.guards import check_all_moved, keep_float32_, snapshot, stop_repacking_
+from trainer.notices import library_notices_ignored
 from trainer.progress import StepReport, StepReporter
+from trainer.schedule import learning_rate_factor
 
-__all__ = ["TrainingResult", "held_out_loss", "library_notices_ignored", "train"]
+__all__ = ["TrainingResult", "held_out_loss", "train"]
 
 _EVAL_BATCH_ROWS = 8
 
@@ -54,13 +54,21 @@ class TrainingResult:
 class _Trainer(SFTTrainer):
     """SFTTrainer whose loss looks at labelled positions only and whose batches are planned."""
 
-    def __init__(self, *, sampler: PlannedSampler, is_adalora: bool, **kwargs: Any) -> None:
+    def __init__(self, *, sampler: PlannedSampler, recipe: Recipe, **kwargs: Any) -> None:
         self._sampler = sampler
-        self._is_adalora = is_adalora
+        self._training = recipe.training
+        self._is_adalora = recipe.method is Method.ADALORA
         super().__init__(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PlannedSampler:  # noqa: ARG002
         return self._sampler
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:  # noqa: ARG002
+        """Our own schedule, see `trainer.schedule`."""
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer, partial(learning_rate_factor, training=self._training)
+        )
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -70,14 +78,6 @@ class _Trainer(SFTTrainer):
         loss_sum, num_targets = label_loss(model, inputs)
         loss = loss_sum / (num_targets if num_items_in_batch is None else num_items_in_batch)
         return loss + orthogonality_loss(model) if self._is_adalora else loss
-
-
-@contextmanager
-def library_notices_ignored() -> Iterator[None]:
-    """Silence notices of libraries about each other; none is the user's to correct."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(peft|trl|transformers|bitsandbytes|accelerate|torch)\.")
-        yield
 
 
 def train(
@@ -107,7 +107,7 @@ def train(
     with library_notices_ignored():
         trainer = _Trainer(
             sampler=PlannedSampler(plan),
-            is_adalora=is_adalora,
+            recipe=recipe,
             model=model,
             args=_arguments(training, run_folder, device=model.device),
             data_collator=partial(collate, pad_token_id=pad_token(tokenizer)),
@@ -134,14 +134,11 @@ def train(
 
 
 def _arguments(training: Training, run_folder: Path, *, device: torch.device) -> SFTConfig:
-    schedules = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
     return SFTConfig(
         output_dir=str(run_folder / "trainer"),
         max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
         learning_rate=training.learning_rate or 0.0,
-        lr_scheduler_type=schedules[training.schedule],
-        warmup_steps=math.ceil(training.warmup * training.max_steps),
         weight_decay=training.weight_decay or 0.0,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,

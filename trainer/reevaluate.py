@@ -17,8 +17,8 @@ from adapterhub.store import Store, Version
 from trainer.data import TokenRow
 from trainer.evaluate import Comparison, base_answers, compare
 from trainer.generate import generate_answers
-from trainer.loop import library_notices_ignored
 from trainer.methods.guards import stop_repacking_
+from trainer.notices import library_notices_ignored
 from trainer.run import base_cache, prepare_data
 
 __all__ = ["Reevaluation", "reevaluate"]

@@ -153,6 +153,8 @@ def _new_run_folder(recipe: Recipe, settings: Settings) -> Path:
 
 def save_adapter(model: Any, folder: Path, *, base: Base) -> Path:
     """Write the PEFT folder and the digest of its base; nothing else, no pickle, no embeddings."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base.name  # A folder of this machine would mean nothing elsewhere.
     model.save_pretrained(folder, save_embedding_layers=False)
     for path in folder.iterdir():
         if path.name not in _ADAPTER_FILES:

@@ -14,8 +14,8 @@ from tests.support.tiny_models import build_base
 from tests.support.training import echo_rows
 from trainer.data.batches import collate
 from trainer.data.tokens import IGNORED
-from trainer.loop import library_notices_ignored
 from trainer.loss import label_loss
+from trainer.notices import library_notices_ignored
 
 
 def full_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

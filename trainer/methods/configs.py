@@ -15,6 +15,7 @@ from adapterhub.errors import RecipeError, suggest
 from adapterhub.recipes import Recipe
 from adapterhub.records import Method
 from trainer.methods.profiles import VERA_PROJECTION_KEY
+from trainer.notices import library_notices_ignored
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -60,11 +61,7 @@ def build_peft_config(recipe: Recipe, base: Base) -> PeftConfig:
 
     training = recipe.training
     leaves = target_leaves(recipe, base)
-    common: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "target_modules": leaves,
-        "base_model_name_or_path": base.name,  # A folder of this machine would mean nothing elsewhere.
-    }
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": leaves}
     match recipe.method:
         case Method.LORA | Method.DORA:
             return LoraConfig(
@@ -90,13 +87,14 @@ def build_peft_config(recipe: Recipe, base: Base) -> PeftConfig:
                 **common,
             )
         case Method.VERA:
-            return VeraConfig(
-                r=_given(training.rank),
-                vera_dropout=training.dropout,
-                projection_prng_key=VERA_PROJECTION_KEY,
-                save_projection=False,  # They follow from the key; saving them makes the file 22 times as large.
-                **common,
-            )
+            with library_notices_ignored():  # It praises save_projection, which makes the file 22 times as large.
+                return VeraConfig(
+                    r=_given(training.rank),
+                    vera_dropout=training.dropout,
+                    projection_prng_key=VERA_PROJECTION_KEY,
+                    save_projection=False,
+                    **common,
+                )
     assert_never(recipe.method)
 
 

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapterhub.base.loading import load_model, load_tokenizer
+from adapterhub.recipes import Generation
+from tests.support.tiny_models import build_base
+from tests.support.training import echo_rows
+from trainer.generate import generate_answers
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_batched_answers_equal_those_of_transformers_one_prompt_at_a_time(tmp_path: Path, family: str) -> None:
+    base = build_base(tmp_path / "base", family)
+    tokenizer, model = load_tokenizer(base), load_model(base)
+    prompts = [row.prompt_ids for row in echo_rows(tokenizer, num_rows=11)]
+    seen: list[tuple[int, int]] = []
+    answers = generate_answers(
+        model,
+        prompts,
+        tokenizer=tokenizer,
+        generation=Generation(max_new_tokens=12, batch_size=4),
+        on_rows=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(4, 11), (8, 11), (11, 11)]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids: Any = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, attention_mask=torch.ones(1, len(prompt))
+        )
+        assert answer == str(tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)).strip()
+
+
+def test_rows_that_stop_leave_the_batch_and_the_others_go_on(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base")
+    tokenizer, model = load_tokenizer(base), load_model(base)
+    prompts = [row.prompt_ids for row in echo_rows(tokenizer, num_rows=8)]
+    free = generate_answers(model, prompts, tokenizer=tokenizer, generation=Generation(max_new_tokens=12))
+    letter = next(char for char in "".join(free) if char.isascii() and char.isalpha())
+    tokenizer.eos_token = letter  # Some rows now stop early, at different steps.
+    stopped = generate_answers(model, prompts, tokenizer=tokenizer, generation=Generation(max_new_tokens=12))
+    assert [answer.partition(letter)[0].strip() for answer in free] == stopped
+    assert free != stopped
+
+
+def test_a_stop_text_cuts_the_answer(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base")
+    tokenizer, model = load_tokenizer(base), load_model(base)
+    (row,) = echo_rows(tokenizer, num_rows=1)
+    (free,) = generate_answers(model, [row.prompt_ids], tokenizer=tokenizer, generation=Generation(max_new_tokens=12))
+    options = Generation(max_new_tokens=12, stop=(free[3:5],))
+    (cut,) = generate_answers(model, [row.prompt_ids], tokenizer=tokenizer, generation=options)
+    assert cut == free[: free.index(free[3:5])].strip()

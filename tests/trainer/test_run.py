@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapterhub.base import Base
+from adapterhub.errors import BaseMismatchError, DataError, QualityGateError
+from adapterhub.settings import Settings, load_settings
+from adapterhub.store import Store
+from tests.support.adapters import write_adapter
+from tests.support.tiny_models import build_base
+from tests.support.training import tiny_recipe, write_task
+from trainer.lineage import code_revision
+from trainer.reevaluate import reevaluate
+from trainer.run import RunOutcome, publish_run, run_recipe
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return build_base(tmp_path_factory.mktemp("base"), quantization="nf4")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, base: Base) -> Settings:
+    return load_settings(home=tmp_path / "home", base=str(base.folder), threads=1)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_task(tmp_path / "rows.jsonl")
+
+
+def run(rows: Path, base: Base, settings: Settings, **changes: Any) -> RunOutcome:
+    return run_recipe(tiny_recipe(data=rows, **changes), base=base, settings=settings)
+
+
+def test_a_run_beats_the_base_and_is_published_with_its_evidence(rows: Path, base: Base, settings: Settings) -> None:
+    outcome = run(rows, base, settings)
+    assert outcome.evaluation.base_score < 0.1
+    assert outcome.evaluation.adapter_score > 0.8
+    version = publish_run(outcome, base=base, settings=settings)
+    assert version.label == "tiny@v1"
+
+    store = Store.open(settings.store_dir)
+    manifest = store.manifest(store.get_version("tiny"))
+    store.close()
+    assert manifest.evaluation == outcome.evaluation
+    assert manifest.training == outcome.training
+    training = outcome.training
+    assert training.code_revision == code_revision()
+    assert set(training.data_digests) == {"rows.jsonl"}
+    assert len(training.metrics) == 30
+    assert training.packages["peft"]
+    assert training.hardware["num_threads"] == "1"
+    assert training.num_train_tokens > 0
+    run_json = json.loads((outcome.folder / "run.json").read_text())
+    assert run_json["training"]["recipe"]["training"]["rank"] == 16
+    assert run_json["base"]["digest"] == base.digest
+    answers = json.loads((outcome.folder / "evaluation.json").read_text())["rows"]
+    assert len(answers) == 8
+    assert sum(row["adapter"] == "ok ok" for row in answers) >= 4
+    assert sorted(path.name for path in outcome.folder.iterdir()) == ["adapter", "evaluation.json", "run.json"]
+
+
+def test_a_run_that_gains_nothing_is_kept_but_not_published(rows: Path, base: Base, settings: Settings) -> None:
+    outcome = run(rows, base, settings, training__max_steps=2, training__learning_rate=1e-6)
+    with pytest.raises(QualityGateError, match=r"'tiny' was not published: rouge_l changed by .* is kept in"):
+        publish_run(outcome, base=base, settings=settings)
+    assert (outcome.adapter / "adapter_model.safetensors").is_file()
+    assert not Store.open(settings.store_dir).versions()
+
+
+def test_a_run_repeats_from_its_record_bit_by_bit(rows: Path, base: Base, settings: Settings) -> None:
+    first = run(rows, base, settings, training__max_steps=6)
+    torch.manual_seed(99)
+    again = run(rows, base, settings, training__max_steps=6)
+    weights = [(o.adapter / "adapter_model.safetensors").read_bytes() for o in (first, again)]
+    assert first.folder != again.folder
+    assert weights[0] == weights[1]
+    assert first.evaluation == again.evaluation
+    assert first.training.token_digest == again.training.token_digest
+
+
+def test_the_base_answers_the_same_rows_once(
+    rows: Path, base: Base, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(rows, base, settings, training__max_steps=2)
+    monkeypatch.setattr("trainer.evaluate.generate_answers", None)  # Asking the base again would fail.
+    again = run(rows, base, settings, training__max_steps=2)
+    assert first.evaluation.base_score == again.evaluation.base_score
+    with pytest.raises(TypeError):
+        run(rows, base, settings, training__max_steps=2, generation__max_new_tokens=4)
+
+
+def test_bad_data_stops_the_run_before_a_model_loads(
+    tmp_path: Path, base: Base, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.run.load_model", None)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: column 'completion' is missing"):
+        run(bad, base, settings)
+    assert not settings.runs_dir.exists()
+
+
+def test_a_published_version_is_measured_again_on_rows_it_never_saw(rows: Path, base: Base, settings: Settings) -> None:
+    outcome = run(rows, base, settings)
+    publish_run(outcome, base=base, settings=settings)
+    store = Store.open(settings.store_dir)
+    options: dict[str, Any] = {"base": base, "store": store, "settings": settings}
+    result = reevaluate("tiny", against="base", **options)
+    assert (result.first, result.second) == ("base", "tiny@v1")
+    assert result.comparison.record == outcome.evaluation
+    part = reevaluate("tiny", against="base", num_rows=4, seed=3, **options)
+    assert (part.comparison.record.num_rows, part.comparison.record.seed) == (4, 3)
+    with pytest.raises(DataError, match=r"--rows is 9, but this version has 8 held-out rows\. Use 2 to 8"):
+        reevaluate("tiny", against="base", num_rows=9, **options)
+    with pytest.raises(BaseMismatchError, match=r"tiny@v1 was trained on base .* Choose its base with `--base`"):
+        reevaluate("tiny", against="base", **(options | {"base": replace(base, digest="0" * 64)}))
+
+    second = run(rows, base, settings, training__seed=5, split__seed=1)
+    publish_run(second, base=base, settings=settings)
+    both = reevaluate("tiny@v2", against="tiny@v1", **options)
+    assert (both.first, both.second, len(both.warnings)) == ("tiny@v1", "tiny@v2", 1)
+    assert "tiny@v1 was trained on another split" in both.warnings[0]
+    assert both.comparison.record.difference == pytest.approx(0, abs=0.05)
+    store.close()
+
+
+def test_an_imported_version_needs_a_recipe_to_be_measured(tmp_path: Path, base: Base, settings: Settings) -> None:
+    from adapterhub.errors import UnknownTaskError
+
+    store = Store.open(settings.store_dir)
+    store.publish(write_adapter(tmp_path / "peft", base, method="lora"), task="foreign", base=base)
+    with pytest.raises(UnknownTaskError, match="No recipe for task 'foreign'"):
+        reevaluate("foreign", against="base", base=base, store=store, settings=settings)
+    store.close()
