@@ -91,6 +91,9 @@ class FakeEngine:
         max_tokens = request.sampling.max_tokens
         for count, token_id in enumerate(answer[:max_tokens], start=1):
             await asyncio.sleep(self._step_s)
+            if not self._is_running:
+                yield ErrorEvent(OverloadedError("The server is shutting down.", "Send the request again later."))
+                return
             if self._fail_after is not None and count > self._fail_after:
                 yield ErrorEvent(AdapterHubError(f"The engine broke after {count - 1} tokens.", "Send it again."))
                 return
@@ -121,7 +124,7 @@ class FakeEngine:
         self._is_running = True
 
     async def stop(self) -> None:
-        """Stop accepting requests."""
+        """Stop accepting requests; those in flight end with an ErrorEvent at their next token."""
         self._is_running = False
 
     def resident(self) -> list[str]:

@@ -176,6 +176,16 @@ async def test_a_stopped_engine_refuses(any_engine: Engine) -> None:
         await collect(any_engine, request("late"))
 
 
+async def test_stopping_ends_a_request_in_flight_with_an_error(any_engine: Engine) -> None:
+    async with aclosing(any_engine.generate(request("r", max_tokens=100))) as events:
+        await anext(events)
+        await any_engine.stop()
+        rest = [event async for event in events]
+    assert isinstance(rest[-1], ErrorEvent | FinishEvent)  # It may just have finished.
+    if isinstance(rest[-1], ErrorEvent):
+        assert str(rest[-1].error) == "The server is shutting down. Send the request again later."
+
+
 # What the native engine promises.
 
 
@@ -385,7 +395,8 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         with pytest.raises(OverloadedError, match=message):
             await collect(engine, request("more"))
         runner.gate.set()
-        assert all(isinstance((await task)[-1], FinishEvent) for task in tasks)
+        for events in await asyncio.gather(*tasks):
+            assert isinstance(events[-1], FinishEvent)
 
 
 async def test_the_queue_is_bounded_by_tokens_too() -> None:

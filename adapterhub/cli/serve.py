@@ -1,0 +1,63 @@
+"""`hub serve`: one process, one base, any mix of adapters, over OpenAI-compatible HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add `hub serve` to the command line."""
+    app.command("serve")(serve)
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="A loopback address; there are no keys yet.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    max_slots: Annotated[int, typer.Option(min=1, max=1024, help="Adapters on the device at a time.")] = 16,
+    preload: Annotated[str | None, typer.Option(help="Adapters to load first, such as summarize,boolq@v2.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base to serve: short name, hub id or folder.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4, int8 or none.")] = None,
+    kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for keys and values, MiB.")] = 1024,
+    drain_s: Annotated[float, typer.Option(min=0, help="Seconds that answers in flight get at shutdown.")] = 30.0,
+) -> None:
+    """Serve the base and every adapter made for it; print the URL on stdout when ready. Ctrl-C drains and stops."""
+    import asyncio
+    import logging
+    import sys
+
+    from adapterhub.base.catalogue import find_base
+    from adapterhub.settings import load_settings
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = load_settings(base=base, quantization=quantization)
+    from server.http.run import bind, run, url_of
+
+    with bind(host, port) as listener:
+        found = find_base(None, settings)
+        import torch
+
+        from adapterhub.base.loading import load_tokenizer
+        from adapterhub.store import Store
+        from server.engine.build import build_engine
+        from server.http import AdapterNames, create_app
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        with Store.open(settings.store_dir) as store:
+            names = AdapterNames(store, found)
+            wanted = [names.resolve(name.strip()).handle for name in (preload or "").split(",") if name.strip()]
+            engine = build_engine(found, num_slots=max_slots, kv_memory_mib=kv_memory_mib)
+            app = create_app(engine, store, found, load_tokenizer(found))
+            asyncio.run(
+                run(
+                    app,
+                    listener,
+                    preload=[handle for handle in wanted if handle is not None],
+                    drain_s=drain_s,
+                    on_ready=lambda: typer.echo(url_of(listener)),
+                )
+            )
