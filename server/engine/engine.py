@@ -36,7 +36,7 @@ class NativeEngine:
         self._texts = TokenTexts(tokenizer)
         self._stop_ids = frozenset(stop_token_ids(tokenizer))
         self._loads: Loads[Any] = Loads(runner.load_adapter)
-        self._open: dict[str, Track] = {}
+        self._open: set[Track] = set()
         self._loop: StepLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -79,7 +79,7 @@ class NativeEngine:
         """
         loop = self._admit(request)
         track = Track(request, self._tokenizer, self._stop_ids)
-        self._open[request.request_id] = track
+        self._open.add(track)
         is_finished = False
         try:
             if request.adapter is not None and not loop.is_near(request.adapter.digest):
@@ -90,9 +90,9 @@ class NativeEngine:
                 is_finished = not isinstance(event, TokenEvent)
                 yield event
         finally:
-            del self._open[request.request_id]
+            self._open.discard(track)
             if not is_finished:
-                loop.put(request.request_id)
+                loop.cancel(track)
 
     def _admit(self, request: GenerateRequest) -> StepLoop:
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
@@ -103,7 +103,7 @@ class NativeEngine:
             )
         if self._loop is None or not self.status().is_ready:
             raise OverloadedError("The engine is not running.", "Send the request again later.")
-        waiting = [track for track in self._open.values() if not track.sequence.block_ids]
+        waiting = [track for track in self._open if not track.sequence.block_ids]
         num_waiting_tokens = sum(len(track.request.prompt_token_ids) for track in waiting)
         limits = self._limits
         if len(waiting) >= limits.max_waiting or num_waiting_tokens >= limits.max_waiting_tokens:

@@ -78,7 +78,12 @@ class _Loaded:
     error: AdapterLoadError | None
 
 
-_Message = Track | _Loaded | str  # A new request, the outcome of a load, the id of a request to cancel.
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    track: Track
+
+
+_Message = Track | _Loaded | _Cancel
 
 
 class StepLoop:
@@ -105,7 +110,7 @@ class StepLoop:
         self._slots.epoch = runner.epoch
         self._blocks = BlockPool(runner.num_blocks, block_size=runner.block_size)
         self._scheduler = Scheduler(self._slots, self._blocks, limits)
-        self._tracks: dict[str, Track] = {}
+        self._tracks: dict[SequenceState, Track] = {}
         self._loaded: dict[str, Any] = {}
         self._inbox: deque[_Message] = deque()
         self._wake = threading.Condition()
@@ -116,21 +121,25 @@ class StepLoop:
 
     # What other threads may call.
 
-    def put(self, message: Track | str) -> None:
-        """Hand over a new request, or the id of one to cancel. After the end a new request fails at once."""
+    def put(self, track: Track) -> None:
+        """Hand over a new request. After the end it fails at once."""
+        if not self._send(track):
+            self._emit([(track, ErrorEvent(_stopping()))])
+
+    def cancel(self, track: Track) -> None:
+        """End a request whose caller is gone; it gets no further event."""
+        self._send(_Cancel(track))
+
+    def put_loaded(self, handle: AdapterHandle, adapter: Any, error: AdapterLoadError | None) -> None:
+        """Hand over the outcome of a load."""
+        self._send(_Loaded(handle, adapter, error))
+
+    def _send(self, message: _Message) -> bool:
         with self._wake:
             if not self.is_stopping:
                 self._inbox.append(message)
                 self._wake.notify()
-                return
-        if isinstance(message, Track):
-            self._emit([(message, ErrorEvent(_stopping()))])
-
-    def put_loaded(self, handle: AdapterHandle, adapter: Any, error: AdapterLoadError | None) -> None:
-        """Hand over the outcome of a load."""
-        with self._wake:
-            self._inbox.append(_Loaded(handle, adapter, error))
-            self._wake.notify()
+            return not self.is_stopping
 
     def stop(self) -> None:
         """End after the step that runs now; requests in flight fail."""
@@ -178,9 +187,7 @@ class StepLoop:
             error = AdapterHubError(f"The engine stopped: {_reason(exc)}", "Restart the server and report its log.")
         with self._wake:
             self.is_stopping = True
-            self._tracks |= {
-                message.request.request_id: message for message in self._inbox if isinstance(message, Track)
-            }
+            self._tracks |= {message.sequence: message for message in self._inbox if isinstance(message, Track)}
         self._emit([(track, ErrorEvent(error)) for track in self._tracks.values()])
 
     def _take_messages(self) -> bool:
@@ -201,16 +208,15 @@ class StepLoop:
     def _handle(self, message: _Message) -> None:
         match message:
             case Track():
-                self._tracks[message.request.request_id] = message
+                self._tracks[message.sequence] = message
                 self._scheduler.add(message.sequence)
             case _Loaded(error=AdapterLoadError() as error):
                 self._fail(self._scheduler.waiting_for(message.handle.digest), error)
             case _Loaded():
                 self._keep(message)
-            case str():
-                track = self._tracks.pop(message, None)
-                if track is not None:
-                    self._scheduler.finish(track.sequence)
+            case _Cancel():
+                if self._tracks.pop(message.track.sequence, None) is not None:
+                    self._scheduler.finish(message.track.sequence)
             case _:
                 assert_never(message)
 
@@ -270,7 +276,7 @@ class StepLoop:
             return
         self.num_steps += 1
         sampled = [idx for idx, row in enumerate(rows) if row.is_sampled]
-        tracks = [self._tracks[rows[idx].sequence.request_id] for idx in sampled]
+        tracks = [self._tracks[rows[idx].sequence] for idx in sampled]
         results = self._sampler.sample(logits[sampled], [track.draw for track in tracks])
         for row in rows:
             if not row.is_sampled:
@@ -289,7 +295,7 @@ class StepLoop:
             events = track.accept(*result)
         if not isinstance(events[-1], TokenEvent):
             self._scheduler.finish(track.sequence)
-            del self._tracks[track.request.request_id]
+            del self._tracks[track.sequence]
             duration_s = time.monotonic() - track.started_s
             self._mean_duration_s += _NEWEST_WEIGHT * (duration_s - self._mean_duration_s)
         return events
@@ -299,7 +305,7 @@ class StepLoop:
         events: list[tuple[Track, Event]] = []
         for sequence in sequences:
             self._scheduler.finish(sequence)
-            events.append((self._tracks.pop(sequence.request_id), ErrorEvent(error)))
+            events.append((self._tracks.pop(sequence), ErrorEvent(error)))
         self._emit(events)
 
     def _emit(self, events: Sequence[tuple[Track, Event]]) -> None:
@@ -314,7 +320,7 @@ class StepLoop:
                 self._loop.call_soon_threadsafe(deliver)
 
     def _handle_of(self, digest: str) -> AdapterHandle:
-        track = self._tracks[self._scheduler.waiting_for(digest)[0].request_id]
+        track = self._tracks[self._scheduler.waiting_for(digest)[0]]
         assert track.request.adapter is not None
         return track.request.adapter
 

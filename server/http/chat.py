@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from adapterhub.base.prompts import chat_token_ids
 from server.engine.types import TokenEvent, TokenLogprob, TokenScore
@@ -24,7 +24,7 @@ from server.http.replies import (
     Usage,
 )
 from server.http.schema import ChatBody
-from server.http.service import Service, get_request_id, get_service
+from server.http.service import get_request_id, get_service
 
 __all__ = ["ChatFormat", "router"]
 
@@ -32,10 +32,9 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", response_model=Chat)
-async def create_chat_completion(
-    body: ChatBody, request: Request, service: Annotated[Service, Depends(get_service)]
-) -> Response:
+async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Answer a conversation with the chosen adapter; `stream: true` sends server-sent events."""
+    service = get_service(request)
     choice = await service.adapters.choose(body.adapter, body.model)
     messages = [message.rendered() for message in body.messages]
     prompt = await service.tokenize(lambda tokenizer: chat_token_ids(tokenizer, messages))

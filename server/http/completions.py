@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from adapterhub.base.prompts import text_token_ids
 from adapterhub.errors import RequestError
@@ -13,7 +13,7 @@ from server.engine.types import TokenEvent, TokenLogprob
 from server.http.generation import Answer, build_job, respond
 from server.http.replies import Completion, CompletionChoice, CompletionLogprobs, Envelope, Usage
 from server.http.schema import CompletionBody
-from server.http.service import Service, get_request_id, get_service
+from server.http.service import get_request_id, get_service
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,10 +24,9 @@ router = APIRouter()
 
 
 @router.post("/v1/completions", response_model=Completion)
-async def create_completion(
-    body: CompletionBody, request: Request, service: Annotated[Service, Depends(get_service)]
-) -> Response:
+async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continue one or several prompts with the chosen adapter; `stream: true` sends server-sent events."""
+    service = get_service(request)
     choice = await service.adapters.choose(body.adapter, body.model)
     prompts = await service.tokenize(lambda tokenizer: [_token_ids(tokenizer, prompt) for prompt in body.prompts])
     job = build_job(service, body, request_id=get_request_id(request), choice=choice, prompts=prompts)

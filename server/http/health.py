@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from server.http.service import Service, get_service
+from server.http.service import get_service
 
 __all__ = ["router"]
 
@@ -21,8 +19,9 @@ async def live() -> JSONResponse:
 
 
 @router.get("/ready")
-async def ready(service: Annotated[Service, Depends(get_service)]) -> JSONResponse:
+async def ready(request: Request) -> JSONResponse:
     """Answer 200 while new requests are welcome, else 503."""
+    service = get_service(request)
     if service.is_draining:
         return JSONResponse({"status": "draining"}, 503)
     status = service.engine.status()
@@ -32,7 +31,8 @@ async def ready(service: Annotated[Service, Depends(get_service)]) -> JSONRespon
 
 
 @router.get("/startup")
-async def startup(service: Annotated[Service, Depends(get_service)]) -> JSONResponse:
+async def startup(request: Request) -> JSONResponse:
     """Answer 200 once the base is loaded, else 503."""
+    service = get_service(request)
     is_started = service.engine.status().is_ready or service.is_draining
     return JSONResponse({"status": "started" if is_started else "starting"}, 200 if is_started else 503)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 
 from adapterhub.errors import AdapterHubError
 from adapterhub.store import Version
@@ -18,15 +17,15 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(service: Annotated[Service, Depends(get_service)]) -> ModelList:
+async def list_models(request: Request) -> ModelList:
     """List the base, the tasks, and all versions made for this base."""
-    return ModelList(data=await asyncio.to_thread(_list_cards, service))
+    return ModelList(data=await asyncio.to_thread(_list_cards, get_service(request)))
 
 
 @router.get("/v1/models/{name:path}")
-async def get_model(name: str, service: Annotated[Service, Depends(get_service)]) -> ModelCard:
+async def get_model(name: str, request: Request) -> ModelCard:
     """Describe one name."""
-    return await asyncio.to_thread(_get_card, service, name)
+    return await asyncio.to_thread(_get_card, get_service(request), name)
 
 
 def _base_card(service: Service) -> ModelCard:

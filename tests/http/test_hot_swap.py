@@ -51,12 +51,12 @@ def test_moving_stable_under_load_is_seen_within_a_second_and_fails_nothing(
         v1 = store.publish(folders[0], task="swap", base=lab.base)
         app = create_app(build_engine(lab.base, num_slots=num_slots, kv_memory_mib=8), store, lab.base, lab.tokenizer)
         with live_server(app) as url, httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
-            expected_v1 = _text(client, "swap", max_tokens=300)
+            expected_v1 = _text(client, "swap", max_tokens=200)
             traffic = Traffic(client)
             threads = [threading.Thread(target=traffic.run) for _ in range(3)]
             for thread in threads:
                 thread.start()
-            long_body = BODY | {"max_tokens": 300, "stream": True}
+            long_body = BODY | {"max_tokens": 200, "stream": True}
             with client.stream("POST", "/v1/completions", json=long_body) as stream:
                 lines = stream.iter_lines()
                 first = next(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -153,6 +154,16 @@ def test_other_bad_addresses_are_refused() -> None:
         bind("example", 0)
     with pytest.raises(UserInputError, match=r"^Cannot listen on '127\.0\.0\.1' port 99999: .* Choose another with"):
         bind("127.0.0.1", 99999)
+
+
+def test_a_port_that_is_not_allowed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "listen", deny)
+    with pytest.raises(UserInputError) as refused:
+        bind("127.0.0.1", 0)
+    assert str(refused.value) == "Port 0 may not be used by this user. Choose one from 1024 to 65535."
 
 
 def test_a_key_value_memory_that_is_too_small_is_refused(lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -448,7 +447,22 @@ async def test_a_mistake_in_the_loop_ends_every_request_and_readiness(monkeypatc
     await engine.stop()
 
 
-async def test_a_request_may_use_the_same_id_again() -> None:
+async def test_requests_with_one_id_do_not_disturb_each_other() -> None:
     async with running(FakeRunner()) as engine:
-        asked = request("same", "a")
-        assert await tokens_of(engine, asked) == await tokens_of(engine, replace(asked))
+        asked = [request("same", name, max_tokens=length) for name, length in (("a", 9), ("b", 4), (None, 6))]
+        first = engine.generate(request("same", "c", max_tokens=50))
+        await anext(first)
+        answers = asyncio.gather(*(tokens_of(engine, one) for one in asked))
+        await first.aclose()
+        assert await answers == [expected_answer(one) for one in asked]
+
+
+async def test_an_engine_that_was_not_started_refuses() -> None:
+    engine = NativeEngine(FakeRunner(), TOKENIZER, BASE)
+    await engine.stop()
+    assert engine.resident() == []
+    assert not engine.status().is_ready
+    with pytest.raises(OverloadedError, match=r"^The engine is not running\. Send the request again later\.$"):
+        await collect(engine, request("r"))
+    with pytest.raises(OverloadedError, match=r"^The engine is not running\. Start it first\.$"):
+        await engine.load(handle("a"))
