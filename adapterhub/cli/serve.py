@@ -25,39 +25,20 @@ def serve(
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds that answers in flight get at shutdown.")] = 30.0,
 ) -> None:
     """Serve the base and every adapter made for it; print the URL on stdout when ready. Ctrl-C drains and stops."""
-    import asyncio
     import logging
     import sys
 
-    from adapterhub.base.catalogue import find_base
     from adapterhub.settings import load_settings
+    from server.serve import serve as serve_base
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = load_settings(base=base, quantization=quantization)
-    from server.http.run import bind, run, url_of
-
-    with bind(host, port) as listener:
-        found = find_base(None, settings)
-        import torch
-
-        from adapterhub.base.loading import load_tokenizer
-        from adapterhub.store import Store
-        from server.engine.build import build_engine
-        from server.http import AdapterNames, create_app
-
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        with Store.open(settings.store_dir) as store:
-            names = AdapterNames(store, found)
-            wanted = [names.resolve(name.strip()).handle for name in (preload or "").split(",") if name.strip()]
-            engine = build_engine(found, num_slots=max_slots, kv_memory_mib=kv_memory_mib)
-            app = create_app(engine, store, found, load_tokenizer(found))
-            asyncio.run(
-                run(
-                    app,
-                    listener,
-                    preload=[handle for handle in wanted if handle is not None],
-                    drain_s=drain_s,
-                    on_ready=lambda: typer.echo(url_of(listener)),
-                )
-            )
+    serve_base(
+        load_settings(base=base, quantization=quantization),
+        host=host,
+        port=port,
+        num_slots=max_slots,
+        preload=[name.strip() for name in (preload or "").split(",") if name.strip()],
+        kv_memory_mib=kv_memory_mib,
+        drain_s=drain_s,
+        on_ready=typer.echo,
+    )

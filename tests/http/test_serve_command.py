@@ -18,12 +18,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapterhub.errors import AdapterLoadError, PortInUseError, UserInputError
+from adapterhub.errors import AdapterLoadError, AdapterNotFoundError, PortInUseError, UserInputError
+from adapterhub.settings import load_settings
 from adapterhub.store import Store
 from server.engine.build import build_engine
 from server.engine.types import AdapterHandle
 from server.http import create_app
 from server.http.run import bind, run, url_of
+from server.serve import serve
 from tests.support.adapters import write_adapter
 
 _COMMAND = [sys.executable, "-c", "from adapterhub.cli import main; main()", "serve"]
@@ -179,3 +181,18 @@ def test_a_small_memory_limits_requests_and_says_so(lab, caplog: pytest.LogCaptu
     engine = build_engine(lab.base, num_slots=1, kv_memory_mib=1)
     assert 256 <= engine.context_tokens < 512
     assert "requests are limited to" in caplog.text
+
+
+def test_a_preload_that_does_not_exist_is_refused_before_the_model_loads(lab, tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path, base=str(lab.base.folder), quantization="none")
+    with pytest.raises(AdapterNotFoundError, match=r"^No adapter 'nothing' among 0 published\."):
+        serve(
+            settings,
+            host="127.0.0.1",
+            port=0,
+            num_slots=1,
+            preload=["nothing"],
+            kv_memory_mib=8,
+            drain_s=1,
+            on_ready=lambda _: None,
+        )
