@@ -82,23 +82,26 @@ def wait_ready(process: subprocess.Popen[bytes], address: str) -> None:
     sys.exit(f"hub serve was not ready after {_START_TIMEOUT_S} s.")
 
 
-def held_out_prompts() -> list[tuple[str, str]]:
-    """(task, prompt) pairs no adapter was trained on, alternating between the tasks."""
+def held_out_prompts() -> list[tuple[str, list[dict[str, str]]]]:
+    """(task, messages) pairs no adapter was trained on, alternating between the tasks."""
     rows = [hub_json("data", "sample", task, "--rows", str(_NUM_PROMPTS)) for task in TASKS]
-    return [(task, sample["prompt"]) for samples in zip(*rows, strict=True) for task, sample in zip(TASKS, samples, strict=True)]
+    return [
+        (task, sample["messages"])
+        for samples in zip(*rows, strict=True)
+        for task, sample in zip(TASKS, samples, strict=True)
+    ]
 
 
-async def ask(client: AsyncOpenAI, adapter: str, prompt: str) -> tuple[str, str]:
+async def ask(client: AsyncOpenAI, adapter: str, messages: list[Any]) -> tuple[str, str]:
     """Return (answer, version that gave it)."""
     answer = await client.chat.completions.create(
         model="base",
-        messages=[{"role": "user", "content": prompt}],
+        messages=messages,
         max_tokens=48,
         temperature=0,
         extra_body={"adapter": adapter},
     )
-    served = (answer.model_extra or {}).get("adapter") or {}
-    return (answer.choices[0].message.content or "").strip(), served.get("label", adapter)
+    return (answer.choices[0].message.content or "").strip(), answer.model
 
 
 async def show_answers(address: str) -> None:
@@ -106,12 +109,15 @@ async def show_answers(address: str) -> None:
     client = AsyncOpenAI(base_url=address, api_key="none", max_retries=0)
     pairs = held_out_prompts()
     start = time.monotonic()
-    calls = [ask(client, adapter, prompt) for task, prompt in pairs for adapter in (task, "base")]
+    calls = [ask(client, adapter, messages) for task, messages in pairs for adapter in (task, "base")]
     answers = await asyncio.gather(*calls)
     _console.rule(f"{len(calls)} requests, {len(TASKS)} adapters and the base, in {time.monotonic() - start:.1f} s")
-    for index, (_, prompt) in enumerate(pairs):
+    for index, (_, messages) in enumerate(pairs):
+        prompt = messages[-1]["content"]
         tuned, bare = answers[2 * index], answers[2 * index + 1]
-        table = Table("who", "answer", title=prompt if len(prompt) < 400 else f"{prompt[:400]} ...", title_justify="left")
+        table = Table(
+            "who", "answer", title=prompt if len(prompt) < 400 else f"{prompt[:400]} ...", title_justify="left"
+        )
         table.add_row(tuned[1], tuned[0])
         table.add_row("base", bare[0])
         _console.print(table)
@@ -119,13 +125,15 @@ async def show_answers(address: str) -> None:
 
 def show_gains() -> None:
     """Print what each adapter gained over the base on held-out rows, as stored with its version."""
-    table = Table("version", "metric", "rows", "base", "adapter", "difference, 95 % interval", title="Measured on held-out rows")
+    table = Table(
+        "version", "metric", "rows", "base", "adapter", "difference, 95 % interval", title="Measured on held-out rows"
+    )
     for task in TASKS:
         shown = hub_json("adapters", "show", task)
         e = shown["manifest"]["evaluation"]
         interval = f"{e['difference']:+.3f} [{e['interval_low']:+.3f}, {e['interval_high']:+.3f}]"
         cells = (e["metric"], str(e["num_rows"]), f"{e['base_score']:.3f}", f"{e['adapter_score']:.3f}", interval)
-        table.add_row(shown["version"], *cells)
+        table.add_row(shown["label"], *cells)
     _console.print(table)
 
 

@@ -53,3 +53,33 @@ def check(
         typer.echo(json.dumps(asdict(report), ensure_ascii=False))
     else:
         print_report(Console(), report)
+
+
+@data_app.command()
+def sample(
+    task: Annotated[str, typer.Argument(help="A task with a recipe.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    base: Annotated[str | None, typer.Option(help="Base whose tokenizer counts tokens.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON array on stdout.")] = False,
+) -> None:
+    """Print held-out prompts of a task with their reference answers; no adapter of the recipe was trained on them."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from adapterhub.base.catalogue import find_base
+    from adapterhub.base.loading import load_tokenizer, quiet_libraries
+    from adapterhub.recipes import load_recipe
+    from adapterhub.settings import load_settings
+
+    settings = load_settings(base=base)
+    recipe = load_recipe(task, settings)
+    found = find_base(None, settings)
+    quiet_libraries()
+    from trainer.run import prepare_data
+
+    chosen = prepare_data(recipe, settings=settings, tokenizer=load_tokenizer(found)).held_out[:rows]
+    if json_:
+        typer.echo(json.dumps([{"messages": row.messages, "reference": row.target} for row in chosen]))
+        return
+    for row in chosen:
+        Console().print(f"{escape(row.prompt_text)}\n[bold]reference[/] {escape(row.target)}\n")

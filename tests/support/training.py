@@ -41,7 +41,7 @@ def echo_rows(tokenizer: PreTrainedTokenizerBase, *, num_rows: int = 64, seed: i
     return [
         TokenRow(
             line=idx,
-            prompt_text=word,
+            messages=({"role": "user", "content": word},),
             target=word[::-1],
             group=None,
             prompt_ids=tuple(text_token_ids(tokenizer, f"{word}=")),

@@ -167,7 +167,7 @@ def test_patterns_leave_rows_out_and_cut_values(tmp_path: Path) -> None:
 
 
 def row(prompt: str, target: str = "t", group: str | None = None) -> TokenRow:
-    return TokenRow(0, prompt, target, group, (1,), (2,))
+    return TokenRow(0, ({"role": "user", "content": prompt},), target, group, (1,), (2,))
 
 
 def test_equal_prompts_and_equal_groups_never_cross_the_split() -> None:

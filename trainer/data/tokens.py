@@ -35,11 +35,16 @@ class TokenRow:
     """
 
     line: int
-    prompt_text: str
+    messages: tuple[Message, ...]
     target: str
     group: str | None
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+
+    @property
+    def prompt_text(self) -> str:
+        """The messages as plain text, to compare rows by."""
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
 
     @property
     def input_ids(self) -> list[int]:
@@ -118,8 +123,9 @@ def encode(
         if len(prompt_ids) + len(answer_ids) > recipe.training.max_length:
             yield None
             continue
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-        yield TokenRow(example.line, text, example.target, example.group, tuple(prompt_ids), tuple(answer_ids))
+        yield TokenRow(
+            example.line, tuple(messages), example.target, example.group, tuple(prompt_ids), tuple(answer_ids)
+        )
 
 
 def masked_sample(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
