@@ -129,7 +129,7 @@ def test_a_row_is_not_spoiled_by_a_neighbour_or_an_earlier_owner_of_its_blocks(r
     assert logits[0].isnan().all()
     assert torch.allclose(logits[1], clean[0], atol=1e-5)
     token = int(clean.argmax())
-    decode_rows = [StepRow((poison,), 14, (0, 1, 2, 3), -1), StepRow((token,), 5, (8, 9, 10, 11), -1)]
+    decode_rows = [StepRow((poison,), 14, (0, 1, 2, 3), -1), StepRow((token,), 5, (8, 9), -1)]
     logits = runner.step(decode_rows, epoch=runner.epoch)
     assert logits[0].isnan().all()
     assert logits[1].isfinite().all()
