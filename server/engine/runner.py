@@ -135,7 +135,8 @@ class Runner:
     def step(self, rows: Sequence[StepRow], *, epoch: int) -> Tensor:
         """Run the new tokens of every row; return the logits of each row's last token, (len(rows), V) float32.
 
-        The result is an inference tensor: outside `torch.inference_mode` it can be read, not changed in place. Raises EngineStateError when `epoch` is not the current one or when a row names a slot or block it cannot use.
+        The result is an inference tensor: outside `torch.inference_mode` it can be read, not changed in place.
+        Raises EngineStateError when `epoch` is not the current one or a row names a slot or block it cannot use.
         """
         if epoch != self._epoch:
             raise EngineStateError(
