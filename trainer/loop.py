@@ -65,9 +65,8 @@ class _Trainer(SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:  # noqa: ARG002
         """Our own schedule, see `trainer.schedule`."""
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, partial(learning_rate_factor, training=self._training)
-        )
+        target: Any = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(target, partial(learning_rate_factor, training=self._training))
         return self.lr_scheduler
 
     def compute_loss(

@@ -111,7 +111,7 @@ def test_an_interval_needs_two_rows_and_equal_lengths() -> None:
 
 
 def test_compare_scores_both_sides_on_the_same_rows() -> None:
-    rows = [TokenRow(i, ({"role": "user", "content": f"p{i}"},), target, None, (1,), (2,)) for i, target in enumerate(("yes", "no", "no", "yes"))]
+    rows = [TokenRow(i, (), target, None, (1,), (2,)) for i, target in enumerate(("yes", "no", "no", "yes"))]
     result = compare(
         ["yes", "yes", "", "no"], ["yes", "no", "no", "no"], rows, recipe=recipe("accuracy", ("yes", "no"))
     )

@@ -40,7 +40,7 @@ def run(rows: Path, base: Base, settings: Settings, **changes: Any) -> RunOutcom
 
 
 def test_a_run_beats_the_base_and_is_published_with_its_evidence(rows: Path, base: Base, settings: Settings) -> None:
-    outcome = run(rows, base, settings)
+    outcome = run(rows, base, settings, training__max_steps=50)
     assert outcome.evaluation.base_score < 0.1
     assert outcome.evaluation.adapter_score > 0.8
     version = publish_run(outcome, base=base, settings=settings)
@@ -54,7 +54,7 @@ def test_a_run_beats_the_base_and_is_published_with_its_evidence(rows: Path, bas
     training = outcome.training
     assert training.code_revision == code_revision()
     assert set(training.data_digests) == {"rows.jsonl"}
-    assert len(training.metrics) == 30
+    assert len(training.metrics) == 50
     assert training.packages["peft"]
     assert training.hardware["num_threads"] == "1"
     assert training.num_train_tokens > 0

@@ -127,3 +127,16 @@ def test_data_check_names_bad_rows_even_without_a_base(tmp_path: Path) -> None:
     assert error.exit_code == 2
     error = refused("data", "check", str(path), "--task", "summarize")
     assert f"{path}:1: column 'document' is missing; the row has: prompt, completion" in str(error)
+
+
+def test_data_sample_prints_held_out_prompts_and_references(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"task": "mytask", "data": {"file": str(rows)}, "split": {"eval": 8}}
+    (tmp_path / "recipes" / "mytask").mkdir(parents=True)
+    (tmp_path / "recipes" / "mytask" / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    monkeypatch.setenv("ADAPTERHUB_RECIPES", str(tmp_path / "recipes"))
+    sampled = json.loads(hub("data", "sample", "mytask", "--rows", "2", "--json").stdout)
+    assert [row["reference"] for row in sampled] == ["ok ok", "ok ok"]
+    assert sampled[0]["messages"][0]["content"].startswith("row ")
+    assert "reference ok ok" in hub("data", "sample", "mytask", "--rows", "1").stdout
