@@ -34,8 +34,8 @@ class Asset(BaseModel):
     name: str
     source: Literal["wheel", "hub", "file", "url"]
     location: str = Field(description="Package requirement, hub repository id, path or address.")
-    member: str = Field("", description="Path inside the wheel or the hub repository.")
-    revision: str | None = Field(None, description="Commit of a hub repository.")
+    member: str = Field(default="", description="Path inside the wheel or the hub repository.")
+    revision: str | None = Field(default=None, description="Commit of a hub repository.")
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     licence: str
     citation: str

@@ -32,12 +32,14 @@ class Settings(BaseModel):
         default_factory=lambda: Path.home() / ".adapterhub",
         description="Folder of bases, data assets, runs and the store.",
     )
-    base: str = Field("smollm2-135m-instruct", min_length=1, description="Base model: short name, hub id or folder.")
-    quantization: Quantization = Field("nf4", description="How the frozen base is quantized.")
-    recipes: Path | None = Field(
-        None, description="Extra folder of <task>/recipe.yaml, searched before the shipped ones."
+    base: str = Field(
+        default="smollm2-135m-instruct", min_length=1, description="Base model: short name, hub id or folder."
     )
-    threads: int = Field(0, ge=0, le=512, description="CPU threads of torch; 0 leaves torch's own choice.")
+    quantization: Quantization = Field(default="nf4", description="How the frozen base is quantized.")
+    recipes: Path | None = Field(
+        default=None, description="Extra folder of <task>/recipe.yaml, searched before the shipped ones."
+    )
+    threads: int = Field(default=0, ge=0, le=512, description="CPU threads of torch; 0 leaves torch's own choice.")
 
     @property
     def assets_dir(self) -> Path:

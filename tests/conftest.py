@@ -14,7 +14,7 @@ import torch
 from adapterhub.base.identity import Base, describe_base
 from adapterhub.settings import load_settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # Tiny models gain nothing from more, and threads that wait for each other stall.
 
 _REAL_BASE = "smollm2-135m-instruct"
 _REAL_BASE_FOLDER = load_settings().bases_dir / _REAL_BASE  # Read before the environment is cleaned.

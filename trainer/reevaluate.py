@@ -17,7 +17,6 @@ from adapterhub.store import Store, Version
 from trainer.data import TokenRow
 from trainer.evaluate import Comparison, base_answers, compare
 from trainer.generate import generate_answers
-from trainer.methods.guards import stop_repacking_
 from trainer.notices import library_notices_ignored
 from trainer.run import base_cache, prepare_data
 
@@ -120,9 +119,7 @@ def _choose(rows: tuple[TokenRow, ...], num_rows: int | None, seed: int | None) 
 def _load(base: Base) -> Any:
     import torch
 
-    model = load_model(base, device="cuda" if torch.cuda.is_available() else "cpu")
-    stop_repacking_(model)
-    return model
+    return load_model(base, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _open(version: Version, store: Store, base: Base) -> Any:

@@ -29,7 +29,6 @@ from trainer.evaluate import Comparison, base_answers, check_gate, compare
 from trainer.generate import generate_answers
 from trainer.lineage import training_record
 from trainer.loop import TrainingResult, train
-from trainer.methods.guards import stop_repacking_
 from trainer.progress import StepReport
 
 __all__ = ["RunOutcome", "RunView", "base_cache", "prepare_data", "publish_run", "run_recipe", "save_adapter"]
@@ -106,7 +105,6 @@ def run_recipe(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with view.loading(base):
         model = load_model(base, device=device, keep_quantized=keep_quantized)
-        stop_repacking_(model)
     folder = _new_run_folder(recipe, settings)
     with view.training() as on_step:
         result = train(

@@ -125,13 +125,11 @@ def _convert_gguf(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from adapterhub.base.loading import quiet_libraries
+    from adapterhub.base.loading import forget_quantizer_, quiet_libraries
 
     quiet_libraries()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # transformers refuses to save a model that still carries the GGUF quantizer.
-    model.hf_quantizer = None
-    del model.config.quantization_config
+    forget_quantizer_(model)  # transformers refuses to save a model that still carries the GGUF quantizer.
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

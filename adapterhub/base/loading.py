@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "load_tokenizer", "quiet_libraries"]
+__all__ = ["forget_quantizer_", "load_model", "load_tokenizer", "quiet_libraries"]
 
 
 def quiet_libraries() -> None:
@@ -50,12 +50,16 @@ def load_model(base: Base, *, device: str = "cpu", keep_quantized: bool | None =
     if base.quantization == "nf4":
         options = {"quantization_config": _nf4_config(torch.float32), "device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, local_files_only=True, **options)
-    if base.quantization == "nf4" and not keep:
-        _dequantize_in_place(model)
+    if base.quantization == "nf4" and keep:
+        _stop_repacking_(model)
+    elif base.quantization == "nf4":
+        _dequantize_(model)
     if base.quantization == "int8":
-        _round_to_int8_in_place(model)
+        _round_to_int8_(model)
     model.requires_grad_(False)
-    return model.to(device).eval() if not keep else model.eval()
+    if device != "cpu" and "device_map" not in options:
+        torch.nn.Module.to(model, device)
+    return model.eval()
 
 
 def _nf4_config(compute_dtype: torch.dtype) -> Any:
@@ -69,11 +73,34 @@ def _nf4_config(compute_dtype: torch.dtype) -> Any:
     )
 
 
-def _dequantize_in_place(model: PreTrainedModel) -> None:
+def _stop_repacking_(model: PreTrainedModel) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights for AVX512-BF16 in the first evaluation.
+
+    Repacked layers round their scales to bfloat16 and pass no gradients (bitsandbytes 0.50, nn/modules.py).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # pyright sees only nn.Module here.
+
+
+def forget_quantizer_(model: PreTrainedModel) -> None:
+    """Remove the marks of a quantizer from a model whose weights are plain numbers.
+
+    TRL and PEFT look at these marks and would treat the plain copy as 4-bit: bfloat16 casts, Linear4bit adapters.
+    """
+    marks: dict[str, Any] = {"is_loaded_in_4bit": False, "is_quantized": False, "hf_quantizer": None}
+    for mark, value in (marks | {"quantization_method": None}).items():
+        if hasattr(model, mark):
+            setattr(model, mark, value)
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")
+
+
+def _dequantize_(model: PreTrainedModel) -> None:
     """Replace every Linear4bit by a Linear holding its dequantized weight, and drop the quantizer marks."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for name, module in list(model.named_modules()):
         if not isinstance(module, Linear4bit):
@@ -84,15 +111,10 @@ def _dequantize_in_place(model: PreTrainedModel) -> None:
         if module.bias is not None:
             plain.bias = torch.nn.Parameter(module.bias.data.to(torch.float32), requires_grad=False)
         model.set_submodule(name, plain)
-    # TRL and PEFT look at these marks and would treat the plain copy as 4-bit (bf16 casts, Linear4bit adapters).
-    for mark in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
-        if hasattr(model, mark):
-            setattr(model, mark, None if mark in ("hf_quantizer", "quantization_method") else False)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    forget_quantizer_(model)
 
 
-def _round_to_int8_in_place(model: PreTrainedModel) -> None:
+def _round_to_int8_(model: PreTrainedModel) -> None:
     """Round each linear to 127 steps per output row, keeping float32 storage: the values of int8 weights, exactly."""
     import torch
 

@@ -6,7 +6,7 @@ Training, evaluation and serving call the same functions, so their prompts canno
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from adapterhub.errors import RequestError
 
@@ -38,5 +38,5 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     vocabulary = tokenizer.get_vocab()
     found = {vocabulary[name] for name in names if name in vocabulary}
     if tokenizer.eos_token_id is not None:
-        found.add(int(tokenizer.eos_token_id))
+        found.add(cast("int", tokenizer.eos_token_id))
     return tuple(sorted(found))
