@@ -105,7 +105,8 @@ def _dequantize_(model: PreTrainedModel) -> None:
     for name, module in list(model.named_modules()):
         if not isinstance(module, Linear4bit):
             continue
-        weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(torch.float32)
+        packed: Any = module.weight
+        weight = dequantize_4bit(packed.data, packed.quant_state).to(torch.float32)
         plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         if module.bias is not None:
