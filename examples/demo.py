@@ -38,15 +38,29 @@ def hub_json(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def train_missing(*, retrain: bool) -> None:
-    """Train each task that has no published version yet, or all of them."""
-    published = {version["task"] for version in hub_json("adapters", "list")}
+def train_missing(*, retrain: bool) -> list[str]:
+    """Train each task that has no measured version for the base yet, or all of them; return a version of each."""
+    base_digest = subprocess.run([_HUB, "base", "pull"], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
+    published = {
+        version["task"]: version["label"]
+        for version in hub_json("adapters", "list")
+        if version["base_digest"] == base_digest and is_measured(version["label"])
+    }
     for task in TASKS:
         if task in published and not retrain:
-            _console.print(f"[bold]{task}[/] is published already; `make demo DEMO_ARGS=--retrain` trains it again.")
+            _console.print(f"[bold]{published[task]}[/] is there; `make demo DEMO_ARGS=--retrain` trains a new one.")
             continue
         _console.rule(f"hub train --task {task}")
-        subprocess.run([_HUB, "train", "--task", task], check=True)
+        done = subprocess.run([_HUB, "train", "--task", task], stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"hub train --task {task} ended with exit code {done.returncode}; its reason is above.")
+        published[task] = done.stdout.strip()
+    return [published[task] for task in TASKS]
+
+
+def is_measured(version: str) -> bool:
+    """Tell whether a version carries an evaluation against the base."""
+    return hub_json("adapters", "show", version)["manifest"]["evaluation"] is not None
 
 
 @contextmanager
@@ -104,12 +118,12 @@ async def ask(client: AsyncOpenAI, adapter: str, messages: list[Any]) -> tuple[s
     return (answer.choices[0].message.content or "").strip(), answer.model
 
 
-async def show_answers(address: str) -> None:
+async def show_answers(address: str, versions: list[str]) -> None:
     """Send every prompt to its adapter and to the bare base, all at once, and print the answers side by side."""
     client = AsyncOpenAI(base_url=address, api_key="none", max_retries=0)
-    pairs = held_out_prompts()
+    pairs = [(versions[TASKS.index(task)], messages) for task, messages in held_out_prompts()]
     start = time.monotonic()
-    calls = [ask(client, adapter, messages) for task, messages in pairs for adapter in (task, "base")]
+    calls = [ask(client, adapter, messages) for version, messages in pairs for adapter in (version, "base")]
     answers = await asyncio.gather(*calls)
     _console.rule(f"{len(calls)} requests, {len(TASKS)} adapters and the base, in {time.monotonic() - start:.1f} s")
     for index, (_, messages) in enumerate(pairs):
@@ -123,13 +137,13 @@ async def show_answers(address: str) -> None:
         _console.print(table)
 
 
-def show_gains() -> None:
+def show_gains(versions: list[str]) -> None:
     """Print what each adapter gained over the base on held-out rows, as stored with its version."""
     table = Table(
         "version", "metric", "rows", "base", "adapter", "difference, 95 % interval", title="Measured on held-out rows"
     )
-    for task in TASKS:
-        shown = hub_json("adapters", "show", task)
+    for version in versions:
+        shown = hub_json("adapters", "show", version)
         e = shown["manifest"]["evaluation"]
         interval = f"{e['difference']:+.3f} [{e['interval_low']:+.3f}, {e['interval_high']:+.3f}]"
         cells = (e["metric"], str(e["num_rows"]), f"{e['base_score']:.3f}", f"{e['adapter_score']:.3f}", interval)
@@ -141,10 +155,10 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--retrain", action="store_true", help="train even where a version exists")
-    train_missing(retrain=parser.parse_args().retrain)
+    versions = train_missing(retrain=parser.parse_args().retrain)
     with server() as address:
-        asyncio.run(show_answers(address))
-    show_gains()
+        asyncio.run(show_answers(address, versions))
+    show_gains(versions)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from adapterhub.assets import Asset, fetch_asset
 from adapterhub.base.identity import Base, describe_base
-from adapterhub.errors import AssetFetchError, BaseNotPulledError, suggest
+from adapterhub.errors import AssetFetchError, BaseNotPulledError, UserInputError, suggest
 from adapterhub.settings import Settings
 
 __all__ = ["CATALOGUE", "BaseListing", "find_base", "list_bases", "pull_base"]
@@ -49,11 +49,11 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _folder_of(name: str, settings: Settings) -> Path:
+    if name in CATALOGUE:
+        return settings.bases_dir / name
     local = Path(name).expanduser()
     if local.is_dir():
         return local.resolve()
-    if name in CATALOGUE:
-        return settings.bases_dir / name
     if _is_hub_id(name):
         return settings.bases_dir / name.replace("/", "--")
     known = ", ".join(sorted(CATALOGUE))
@@ -95,6 +95,11 @@ def pull_base(name: str | None, settings: Settings) -> Base:
     wanted = name or settings.base
     folder = _folder_of(wanted, settings)
     if not (folder / "config.json").is_file():
+        if folder.parent != settings.bases_dir:
+            raise UserInputError(
+                f"The folder {str(folder)!r} is no base: it has no config.json.",
+                "Name a folder in Hugging Face layout, or run the command where no folder is called like the base.",
+            )
         settings.bases_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=settings.bases_dir, prefix=".pull-") as scratch:
             staged = Path(scratch) / "base"
@@ -102,8 +107,11 @@ def pull_base(name: str | None, settings: Settings) -> Base:
                 _convert_gguf(fetch_asset(CATALOGUE[wanted], settings.assets_dir), staged)
             else:
                 _fetch_from_hub(wanted, staged)
-            shutil.rmtree(folder, ignore_errors=True)
-            staged.rename(folder)
+            try:
+                staged.rename(folder)
+            except OSError:
+                if not (folder / "config.json").is_file():  # Else another process was quicker; its copy is as good.
+                    raise
     return describe_base(wanted, folder, settings.quantization)
 
 

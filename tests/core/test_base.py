@@ -132,6 +132,20 @@ def test_a_pull_with_a_wrong_checksum_leaves_no_base(
     assert not list_bases(settings)[0].is_pulled
 
 
+def test_a_folder_called_like_a_base_is_never_removed(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("smollm2-135m-instruct", "org/model"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseNotPulledError):
+        find_base("smollm2-135m-instruct", settings)
+    with pytest.raises(UserInputError, match=r"is no base: it has no config.json"):
+        pull_base("org/model", settings)
+    assert (tmp_path / "org/model/notes.txt").read_text() == "mine"
+
+
 def test_a_hub_base_without_network_is_reported_and_leaves_nothing(settings: Settings) -> None:
     with pytest.raises(AssetFetchError, match="Could not fetch base 'org/model' from the hub"):
         pull_base("org/model", settings)
