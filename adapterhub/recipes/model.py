@@ -1,7 +1,7 @@
-"""Recipes: what a task trains on, how it asks, how it is measured, and what it must gain to be published.
+"""What a recipe may say: every key with its type, bounds and default; and how keys are changed for one run.
 
-A recipe is `adapters/<task>/recipe.yaml`. Unknown keys are refused. Knows YAML and types; reads no data and no tensors.
-Learning rates that a recipe leaves out come from the method profiles in `trainer/methods`.
+Unknown keys are refused. Knows types and YAML values; reads no files. Learning rates that a recipe leaves out come from
+the method profiles in `trainer/methods`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from adapterhub.errors import InvalidNameError, RecipeError, UnknownMethodError, UnknownTaskError, suggest
+from adapterhub.errors import RecipeError, suggest
 from adapterhub.records import Method
-from adapterhub.settings import Settings
 
 __all__ = [
     "METHOD_KEYS",
@@ -32,15 +30,11 @@ __all__ = [
     "Split",
     "Training",
     "TrainingChanges",
-    "default_recipe",
-    "load_recipe",
-    "parse_method",
+    "is_task_name",
     "parse_recipe",
-    "recipe_names",
 ]
 
 _TASK_PATTERN = re.compile(r"[a-z][a-z0-9_-]{0,62}\Z")
-_FILE_NAME = "recipe.yaml"
 METHOD_KEYS = ("alpha", "learning_rate", "rank", "rank_stabilized", "weight_decay")
 
 
@@ -211,7 +205,7 @@ class Recipe(_Model):
     @field_validator("task")
     @classmethod
     def _task_is_a_name(cls, task: str) -> str:
-        if not _TASK_PATTERN.match(task):
+        if not is_task_name(task):
             raise ValueError("a task is a lower-case letter, then at most 62 of a-z 0-9 _ -")
         return task
 
@@ -251,6 +245,11 @@ class Recipe(_Model):
         for key, text in (changes or {}).items():
             _put(raw, key, text)
         return parse_recipe(raw, where="--set" if changes else f"recipe {self.task}")
+
+
+def is_task_name(name: str) -> bool:
+    """Whether a task may be called `name`."""
+    return _TASK_PATTERN.match(name) is not None
 
 
 def _variables(template: str | None) -> Iterator[str]:
@@ -336,57 +335,3 @@ def _siblings(path: tuple[str | int, ...]) -> list[str]:
             kind = model.model_fields[str(part)].annotation
             model = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else model
     return list(model.model_fields)
-
-
-def parse_method(name: str) -> Method:
-    """Return the method called `name`. Raises UnknownMethodError with near matches."""
-    try:
-        return Method(name.lower())
-    except ValueError:
-        raise UnknownMethodError.named(name, [str(method) for method in Method]) from None
-
-
-def _recipe_files(settings: Settings) -> dict[str, Any]:
-    """Task -> recipe file, shipped ones first so that the user's folder wins."""
-    found: dict[str, Any] = {}
-    roots: list[Any] = [resources.files("adapters")]
-    if settings.recipes is not None:
-        roots.append(settings.recipes)
-    for root in roots:
-        if root.is_dir():
-            found |= {entry.name: entry / _FILE_NAME for entry in root.iterdir() if (entry / _FILE_NAME).is_file()}
-    return found
-
-
-def recipe_names(settings: Settings) -> list[str]:
-    """Tasks that have a recipe, shipped or in `settings.recipes`."""
-    return sorted(_recipe_files(settings))
-
-
-def load_recipe(task: str, settings: Settings) -> Recipe:
-    """Read the recipe of a task. Raises UnknownTaskError with near matches, RecipeError for a wrong file."""
-    files = _recipe_files(settings)
-    if task not in files:
-        raise UnknownTaskError.named(task, files)
-    file = files[task]
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise RecipeError(f"{file} is not valid YAML: {exc}.", "Correct the file.") from exc
-    recipe = parse_recipe(raw, where=str(file))
-    if recipe.task != task:
-        raise RecipeError(f"{file} says task: {recipe.task!r}.", f"Write task: {task} or rename the folder.")
-    if recipe.data.file is not None and isinstance(file, Path):
-        data = recipe.data.model_copy(update={"file": file.parent / recipe.data.file})
-        recipe = recipe.model_copy(update={"data": data})
-    return recipe
-
-
-def default_recipe(task: str, data: DataSource | Path) -> Recipe:
-    """Return the recipe for the user's own rows, which bring their prompts: ROUGE-L, one row in ten held out."""
-    if not _TASK_PATTERN.match(task):
-        raise InvalidNameError(
-            f"{task!r} is not a task name.", "Use a lower-case letter, then at most 62 of a-z, 0-9, _ and -."
-        )
-    source = DataSource(file=data.absolute()) if isinstance(data, Path) else data
-    return Recipe(task=task, description="The user's own rows.", data=source)
