@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from adapterhub.errors import InvalidNameError, RecipeError, UnknownMethodError, UnknownTaskError
+from adapterhub.errors import InvalidNameError, RecipeError, SettingsError, UnknownMethodError, UnknownTaskError
 from adapterhub.recipes.model import DataSource, Recipe, is_task_name, parse_recipe
 from adapterhub.records import Method
 from adapterhub.settings import Settings
@@ -27,10 +27,15 @@ def parse_method(name: str) -> Method:
 
 
 def _recipe_files(settings: Settings) -> dict[str, Any]:
-    """Task -> recipe file, shipped ones first so that the user's folder wins."""
+    """Task -> recipe file, shipped ones first so that the user's folder wins. Raises SettingsError without it."""
     found: dict[str, Any] = {}
     roots: list[Any] = [resources.files("adapters")]
     if settings.recipes is not None:
+        if not settings.recipes.is_dir():
+            raise SettingsError(
+                f"There is no recipe folder {str(settings.recipes)!r}.",
+                "Set ADAPTERHUB_RECIPES to a folder of <task>/recipe.yaml, or leave it out.",
+            )
         roots.append(settings.recipes)
     for root in roots:
         if root.is_dir():

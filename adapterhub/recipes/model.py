@@ -10,7 +10,7 @@ import re
 import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -35,11 +35,19 @@ __all__ = [
 ]
 
 _TASK_PATTERN = re.compile(r"[a-z][a-z0-9_-]{0,62}\Z")
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]  # What the generators of numpy take.
+_Tokens = Annotated[int, Field(ge=1)]
+# Keys that `--set` must not touch, because they would change nothing or only a name: key -> what to do.
+_FIXED_KEYS = {
+    "method": "Use `--method`.",
+    "methods": "Change `training`, which holds what the method got.",
+    "task": "Use `--task`.",
+}
 METHOD_KEYS = ("alpha", "learning_rate", "rank", "rank_stabilized", "weight_decay")
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSource(_Model):
@@ -94,14 +102,16 @@ class FieldSource(_Model):
 class Filter(_Model):
     """Rows to leave out before the split, by tokens of the base's tokenizer."""
 
-    max_tokens: dict[str, int] = Field(default={}, description="Prompt variable -> most tokens its text may have.")
-    min_tokens: dict[str, int] = Field(default={}, description="Prompt variable -> fewest tokens its text may have.")
+    max_tokens: dict[str, _Tokens] = Field(default={}, description="Prompt variable -> most tokens its text may have.")
+    min_tokens: dict[str, _Tokens] = Field(
+        default={}, description="Prompt variable -> fewest tokens its text may have."
+    )
 
 
 class Split(_Model):
     """Which rows train and which are held out. Rows with equal normalised prompt or equal group stay together."""
 
-    seed: int = 0
+    seed: _Seed = 0
     train: int | None = Field(default=None, ge=1, description="Most training rows; null means all that are left.")
     eval: int | None = Field(default=None, ge=2, description="Held-out rows; null means `eval_fraction` of the rows.")
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -116,7 +126,9 @@ class Prompt(_Model):
         default=None, description="Text with {variables}; null when the rows bring their own prompts."
     )
     system: str | None = Field(default=None, description="System message; null leaves it to the chat template.")
-    truncate: dict[str, int] = Field(default={}, description="Prompt variable -> keep this many tokens from its start.")
+    truncate: dict[str, _Tokens] = Field(
+        default={}, description="Prompt variable -> keep this many tokens from its start."
+    )
 
 
 class Training(_Model):
@@ -127,7 +139,7 @@ class Training(_Model):
     learning_rate: float | None = Field(default=None, gt=0)
     warmup: float = Field(default=0.1, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    seed: int = 0
+    seed: _Seed = 0
     max_length: int = Field(
         default=512, ge=8, description="Most tokens of a row; longer rows are left out and counted."
     )
@@ -150,7 +162,7 @@ class TrainingChanges(_Model):
     learning_rate: float | None = Field(default=None, gt=0)
     warmup: float | None = Field(default=None, ge=0, lt=1)
     schedule: Literal["linear", "cosine", "constant"] | None = None
-    seed: int | None = None
+    seed: _Seed | None = None
     max_length: int | None = Field(default=None, ge=8)
     rank: int | None = Field(default=None, ge=1, le=512)
     alpha: float | None = Field(default=None, gt=0)
@@ -268,6 +280,8 @@ def _variables(template: str | None) -> Iterator[str]:
 
 
 def _put(raw: dict[str, Any], key: str, text: str) -> None:
+    if key in _FIXED_KEYS:
+        raise RecipeError(f"--set cannot change {key!r}.", _FIXED_KEYS[key])
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:

@@ -41,6 +41,9 @@ def field_recipe(**changes: Any) -> Recipe:
     ("row", "message"),
     [
         ('{"prompt": "a", ', ":2: malformed JSON, Expecting property name enclosed in double quotes at column"),
+        (r'{"prompt": "a\ud83d", "completion": "b"}', ":2: half of a surrogate pair, '\\ud83d', which is no character"),
+        pytest.param('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", ":2: nested too deeply", id="deep"),
+        pytest.param('{"prompt": ' + "9" * 5000 + "}", ":2: a number with too many digits", id="digits"),
         ("[1]", ":2: a row must be a JSON object, found a list"),
         ({"prompt": "a"}, ":2: column 'completion' is missing; the row has: prompt"),
         ({"prompt": "a", "completions": "b"}, ":2: column 'completion' is missing; the row has: prompt, completions"),
@@ -126,6 +129,9 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         read_examples(tmp_path / "nowhere.jsonl", FREE)
     with pytest.raises(DataError, match="is a folder"):
         read_examples(tmp_path, FREE)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/rows.jsonl cannot be read: Not a directory\. Check the path"):
+        read_examples(tmp_path / "file" / "rows.jsonl", FREE)
 
 
 @pytest.mark.parametrize(

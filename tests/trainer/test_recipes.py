@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from adapterhub.errors import InvalidNameError, RecipeError, UnknownMethodError, UnknownTaskError
+from adapterhub.errors import InvalidNameError, RecipeError, SettingsError, UnknownMethodError, UnknownTaskError
 from adapterhub.recipes import DataSource, default_recipe, load_recipe, parse_method, parse_recipe, recipe_names
 from adapterhub.records import Method
 from adapterhub.settings import load_settings
@@ -47,6 +47,24 @@ def recipe_with(**changes: Any):
         ({"task": "Ask me"}, "task is 'Ask me': a task is a lower-case letter"),
         ({"gate": {"confidence": 2}}, "gate.confidence is 2: Input should be less than 1"),
         ({"fields": {"passage": {"column": "t", "pattern": "("}}}, "not a regular expression"),
+        ({"training": {"seed": -1}}, "training.seed is -1: Input should be greater than or equal to 0"),
+        (
+            {"training": {"seed": 2**32}},
+            "training.seed is 4294967296: Input should be less than 4294967296",
+        ),
+        ({"split": {"seed": -1}}, "split.seed is -1: Input should be greater than or equal to 0"),
+        ({"methods": {"ia3": {"seed": -1}}}, "methods.ia3.seed is -1"),
+        (
+            {"training": {"learning_rate": float("inf")}},
+            "training.learning_rate is inf: Input should be a finite number",
+        ),
+        ({"gate": {"min_gain": float("nan")}}, "gate.min_gain is nan: Input should be a finite number"),
+        (
+            {"prompt": RAW["prompt"] | {"truncate": {"passage": 0}}},
+            "prompt.truncate.passage is 0: Input should be greater",
+        ),
+        ({"filter": {"max_tokens": {"passage": -1}}}, "filter.max_tokens.passage is -1: Input should be greater"),
+        ({"filter": {"min_tokens": {"passage": 0}}}, "filter.min_tokens.passage is 0: Input should be greater"),
     ],
 )
 def test_a_wrong_recipe_names_key_value_and_choices(changes: dict[str, Any], message: str) -> None:
@@ -89,6 +107,10 @@ def test_resolving_a_resolved_recipe_changes_nothing() -> None:
         ({"rank": "3"}, "Unknown recipe key 'rank'. Did you mean 'training.rank'?"),
         ({"training.rnk": "3"}, "Unknown recipe key 'training.rnk'. Did you mean 'training.rank'?"),
         ({"nonsense": "3"}, "Unknown recipe key 'nonsense'. Allowed: task, description, data.asset"),
+        ({"method": "vera"}, "--set cannot change 'method'. Use `--method`"),
+        ({"task": "other"}, "--set cannot change 'task'. Use `--task`"),
+        ({"methods": "{lora: {rank: 3}}"}, "--set cannot change 'methods'. Change `training`"),
+        ({"gate.min_gain": ".nan"}, "gate.min_gain is nan: Input should be a finite number"),
         ({"gate.min_gain": "abc"}, "gate.min_gain is 'abc': Input should be a valid number"),
         ({"training.rank": "[1"}, "The value of 'training.rank' is not YAML: '[1'."),
     ],
@@ -105,6 +127,7 @@ def test_a_wrong_change_names_key_and_near_match(changes: dict[str, str], messag
         ("rank", "8", "Method 'ia3' has no rank, but training.rank is 8. Leave training.rank out."),
         ("alpha", "8", "Method 'ia3' has no alpha, but training.alpha is 8.0."),
         ("rank_stabilized", "true", "training.rank_stabilized is not known to method 'ia3'."),
+        ("dropout", "0.1", "Method 'ia3' has no dropout, but training.dropout is 0.1. Set `methods.ia3.dropout` to 0."),
     ],
 )
 def test_a_key_the_method_cannot_use_is_refused(key: str, value: str, message: str) -> None:
@@ -135,6 +158,15 @@ def test_every_shipped_recipe_reads_and_resolves_for_every_method(task: str) -> 
     assert recipe.split.eval >= max(200, recipe.gate.num_rows)
     for method in Method:
         assert fill_in(recipe.resolve(method=method)).training.learning_rate
+
+
+def test_a_recipe_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        recipe_names(load_settings(recipes=tmp_path / "nowhere"))
+    assert str(caught.value) == (
+        f"There is no recipe folder {str(tmp_path / 'nowhere')!r}. "
+        "Set ADAPTERHUB_RECIPES to a folder of <task>/recipe.yaml, or leave it out."
+    )
 
 
 def test_own_recipes_win_and_their_files_start_at_their_folder(tmp_path: Path) -> None:

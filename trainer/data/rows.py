@@ -94,6 +94,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{str(path)!r} is a folder.", "Give the path of a file of JSON lines.") from exc
     except UnicodeDecodeError as exc:
         raise DataError(f"{path} is not UTF-8 text: {exc}.", "Convert it, for example with `iconv -t utf-8`.") from exc
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read: {exc.strerror}.", "Check the path and its permissions.") from exc
 
 
 def _parse_json(text: str) -> dict[str, Any]:
@@ -101,9 +103,25 @@ def _parse_json(text: str) -> dict[str, Any]:
         row = json.loads(text)
     except json.JSONDecodeError as exc:
         raise _FaultError(f"malformed JSON, {exc.msg} at column {exc.colno}") from exc
+    except ValueError as exc:  # Python refuses to convert integers beyond sys.get_int_max_str_digits().
+        raise _FaultError("a number with too many digits") from exc
+    except RecursionError as exc:
+        raise _FaultError("nested too deeply") from exc
+    _check_characters(row)
     if not isinstance(row, dict):
         raise _FaultError(f"a row must be a JSON object, found {_kind(row)}")
     return row
+
+
+def _check_characters(row: object) -> None:
+    """JSON can escape half of a surrogate pair; no tokenizer takes it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        half = exc.object[exc.start : exc.end]
+        raise _FaultError(f"half of a surrogate pair, {half!r}, which is no character") from exc
+    except RecursionError as exc:
+        raise _FaultError("nested too deeply") from exc
 
 
 def _kind(value: object) -> str:

@@ -60,6 +60,11 @@ def fill_in(recipe: Recipe) -> Recipe:
         raise RecipeError(
             f"training.rank_stabilized is not known to method {str(recipe.method)!r}.", "Set it to false."
         )
+    if training.dropout and recipe.method is Method.IA3:
+        raise RecipeError(
+            f"Method 'ia3' has no dropout, but training.dropout is {training.dropout!r}.",
+            "Set `methods.ia3.dropout` to 0.",
+        )
     alpha = training.alpha
     if alpha is None and profile.alpha is not None and profile.rank is not None:
         alpha = profile.alpha / profile.rank * (training.rank or profile.rank)
