@@ -26,8 +26,8 @@ class Tokenizer(Protocol):
         """Join tokens to text; bytes that are no characters become U+FFFD."""
         ...
 
-    def convert_ids_to_tokens(self, ids: int) -> str:
-        """Return the vocabulary entry of a token, in the tokenizer's own alphabet."""
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        """Return the vocabulary entry of a token, in the tokenizer's own alphabet, or None for a hole in it."""
         ...
 
     def get_vocab(self) -> dict[str, int]:
@@ -121,17 +121,21 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TokenTexts:
-    """Bytes and text of single tokens, for log probabilities."""
+    """Bytes and text of single tokens, for log probabilities. num_tokens: the highest token plus one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        self.num_tokens = 1 + max(vocabulary.values())
         alphabet = _byte_alphabet()
         # Every byte-level vocabulary holds all letters of the alphabet; no other kind of vocabulary does.
-        self._alphabet = alphabet if alphabet.keys() <= tokenizer.get_vocab().keys() else None
+        self._alphabet = alphabet if alphabet.keys() <= vocabulary.keys() else None
 
     def raw(self, token_id: int) -> bytes:
-        """Bytes of a token, which may be a part of a character."""
+        """Bytes of a token, which may be a part of a character; none for a hole in the vocabulary."""
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
         if self._alphabet is not None:
             if all(letter in self._alphabet for letter in piece):
                 return bytes(self._alphabet[letter] for letter in piece)

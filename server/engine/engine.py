@@ -13,7 +13,7 @@ from typing import Any
 
 from adapterhub.base.identity import Base
 from adapterhub.base.prompts import stop_token_ids
-from adapterhub.errors import AdapterLoadError, ContextTooLongError, OverloadedError
+from adapterhub.errors import AdapterLoadError, ContextTooLongError, OverloadedError, RequestError
 from server.engine.detokenize import TokenTexts
 from server.engine.host import Loads
 from server.engine.sampling import Sampler
@@ -39,6 +39,7 @@ class NativeEngine:
         self._open: set[Track] = set()
         self._loop: StepLoop | None = None
         self._thread: threading.Thread | None = None
+        self._is_stopped = False
 
     @property
     def context_tokens(self) -> int:
@@ -68,6 +69,7 @@ class NativeEngine:
         """End every request in flight with an ErrorEvent and wait for the thread; a second call does nothing."""
         if self._loop is None or self._thread is None:
             return
+        self._is_stopped = True
         self._loop.stop()
         await asyncio.to_thread(self._thread.join)
         self._loads.stop()
@@ -75,7 +77,8 @@ class NativeEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yield token events and then exactly one terminal event; closing the generator cancels the request.
 
-        Raises OverloadedError when the queue is full or the engine is not running, and ContextTooLongError.
+        Raises OverloadedError when the queue is full or the engine is not running, ContextTooLongError, and
+        RequestError for tokens the model does not know.
         """
         loop = self._admit(request)
         track = Track(request, self._tokenizer, self._stop_ids)
@@ -100,6 +103,12 @@ class NativeEngine:
             raise ContextTooLongError(
                 f"Request {request.request_id!r} needs {num_tokens} tokens; the context has {self.context_tokens}.",
                 "Shorten the prompt or ask for fewer tokens.",
+            )
+        largest, size = max(request.prompt_token_ids, default=0), self._runner.vocab_size
+        if largest >= size:
+            raise RequestError(
+                f"Token id {largest} is not in the vocabulary of {self._base.name!r}, which has {size}.",
+                f"Send ids from 0 to {size - 1}.",
             )
         if self._loop is None or not self.status().is_ready:
             raise OverloadedError("The engine is not running.", "Send the request again later.")
@@ -150,6 +159,7 @@ class NativeEngine:
         num_waiting = max(0, len(self._open) - num_running)
         return EngineStatus(
             is_ready=thread.is_alive() and not loop.is_stopping,
+            is_alive=thread.is_alive() or self._is_stopped,
             num_running=num_running,
             num_waiting=num_waiting,
             retry_after_s=loop.retry_after_s(num_waiting),

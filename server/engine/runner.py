@@ -78,6 +78,7 @@ class Runner:
         self.base = base
         self.num_slots = num_slots
         self.block_size = block_size
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
         self._device = model.device
         picked = pick_kernel(kernel, device=self._device.type)
         self._layers = wrap_linears(model, base.modules, num_slots=num_slots, kernel=picked)
@@ -146,7 +147,7 @@ class Runner:
         for row in rows:
             self._check_row(row)
         if not rows:
-            return torch.empty(0, self.model.config.get_text_config().vocab_size)
+            return torch.empty(0, self.vocab_size)
         order = sorted(range(len(rows)), key=lambda idx: rows[idx].slot)
         ordered = [rows[idx] for idx in order]
         ends = list(accumulate(len(row.token_ids) for row in ordered))

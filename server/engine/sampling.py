@@ -34,8 +34,9 @@ class Sampler:
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[tuple[int, TokenLogprob | None] | None]:
         """Return (token, log probability if asked for) per row, and None for a row that holds NaN or infinity.
 
-        logits: (B, V) float32, row b belongs to draws[b].
+        logits: (B, V) float32, row b belongs to draws[b]. A padded vocabulary is cut to what the tokenizer knows.
         """
+        logits = logits[:, : self._texts.num_tokens]
         is_finite = torch.isfinite(logits).all(dim=1).tolist()
         tokens = draw_tokens(logits, draws)
         return [

@@ -26,7 +26,7 @@ from server.engine.scheduler import Limits, Row, Scheduler, StepPlan
 from server.engine.scheduler import Sequence as SequenceState
 from server.engine.slots import SlotTable
 from server.engine.track import Track
-from server.engine.types import AdapterHandle, ErrorEvent, Event, TokenEvent, TokenLogprob
+from server.engine.types import AdapterHandle, ErrorEvent, Event, TokenEvent
 
 __all__ = ["StepLoop", "StepRunner"]
 
@@ -41,6 +41,7 @@ class StepRunner(Protocol):
 
     num_slots: int
     block_size: int
+    vocab_size: int
 
     @property
     def num_blocks(self) -> int:
@@ -182,7 +183,7 @@ class StepLoop:
                     self._request_load(self._handle_of(digest))
                 if self._write_slots(plan) and plan.rows:
                     self._run_rows(plan.rows)
-        except Exception as exc:  # The thread ends here, and nobody may be left waiting.
+        except BaseException as exc:  # A panic in Rust too: the thread ends, and nobody may be left waiting.
             _log.exception("the engine stopped after %d steps", self.num_steps)
             error = AdapterHubError(f"The engine stopped: {_reason(exc)}", "Restart the server and report its log.")
         with self._wake:
@@ -277,28 +278,35 @@ class StepLoop:
         self.num_steps += 1
         sampled = [idx for idx, row in enumerate(rows) if row.is_sampled]
         tracks = [self._tracks[rows[idx].sequence] for idx in sampled]
-        results = self._sampler.sample(logits[sampled], [track.draw for track in tracks])
         for row in rows:
             if not row.is_sampled:
                 self._scheduler.advance(row, None)
         events: list[tuple[Track, Event]] = []
-        for idx, track, result in zip(sampled, tracks, results, strict=True):
-            events += [(track, event) for event in self._record(rows[idx], track, result)]
+        for idx, track in zip(sampled, tracks, strict=True):
+            events += [(track, event) for event in self._record(rows[idx], track, logits[idx])]
         self._emit(events)
 
-    def _record(self, row: Row, track: Track, result: tuple[int, TokenLogprob | None] | None) -> list[Event]:
-        """Record the new token of one row, or that it has none because its logits are not finite."""
-        if result is None:
-            events: list[Event] = [ErrorEvent(_not_finite(track))]
-        else:
-            self._scheduler.advance(row, result[0])
-            events = track.accept(*result)
+    def _record(self, row: Row, track: Track, logits: Tensor) -> list[Event]:
+        """Draw and record the new token of one row, logits (V,) float32; a row that fails ends its own request."""
+        try:
+            events: list[Event] = self._continue(row, track, logits)
+        except Exception as exc:  # The request ends here; the other rows of the step are fine.
+            _log.exception("request %s failed after its step", track.request.request_id)
+            events = [ErrorEvent(_cannot_continue(track, exc))]
         if not isinstance(events[-1], TokenEvent):
             self._scheduler.finish(track.sequence)
             del self._tracks[track.sequence]
             duration_s = time.monotonic() - track.started_s
             self._mean_duration_s += _NEWEST_WEIGHT * (duration_s - self._mean_duration_s)
         return events
+
+    def _continue(self, row: Row, track: Track, logits: Tensor) -> list[Event]:
+        """Return the events of the new token, or of its absence because the logits (V,) are not finite."""
+        (result,) = self._sampler.sample(logits[None], [track.draw])
+        if result is None:
+            return [ErrorEvent(_not_finite(track))]
+        self._scheduler.advance(row, result[0])
+        return track.accept(*result)
 
     def _fail(self, sequences: Sequence[SequenceState], error: AdapterHubError) -> None:
         """End requests with an error."""
@@ -331,12 +339,17 @@ def _step_row(row: Row) -> StepRow:
     return StepRow(row.token_ids, row.start, tuple(row.sequence.block_ids), slot)
 
 
-def _reason(exc: Exception) -> str:
+def _reason(exc: BaseException) -> str:
     return str(exc).rstrip(".") + "."
 
 
 def _stopping() -> OverloadedError:
     return OverloadedError("The server is shutting down.", "Send the request again later.")
+
+
+def _cannot_continue(track: Track, exc: Exception) -> AdapterHubError:
+    what = f"The answer to request {track.request.request_id!r} cannot be continued: {_reason(exc)}"
+    return AdapterHubError(what, "Report the request with the server's log.")
 
 
 def _not_finite(track: Track) -> AdapterHubError:

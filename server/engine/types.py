@@ -114,9 +114,14 @@ Event = TokenEvent | FinishEvent | ErrorEvent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """What probes and admission look at. retry_after_s: when a refused caller may try again, from the measured rate."""
+    """What probes and admission look at.
+
+    is_alive: false once the engine died of a mistake, so that only a restart helps; retry_after_s: when a refused
+    caller may try again, from the measured rate.
+    """
 
     is_ready: bool
+    is_alive: bool = True
     num_running: int
     num_waiting: int
     retry_after_s: int

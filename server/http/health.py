@@ -13,8 +13,10 @@ router = APIRouter(prefix="/health")
 
 
 @router.get("/live")
-async def live() -> JSONResponse:
-    """Answer while the process answers, also while it drains."""
+async def live(request: Request) -> JSONResponse:
+    """Answer 200 while the engine lives, also while it drains; 503 when only a restart helps."""
+    if not get_service(request).engine.status().is_alive:
+        return JSONResponse({"status": "dead"}, 503)
     return JSONResponse({"status": "live"})
 
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from server.engine.fake import FakeEngine
+from server.engine.types import EngineStatus
 from server.http import create_app
 from tests.support.live_server import live_server
 
@@ -159,6 +160,16 @@ def test_an_engine_that_stopped_is_not_ready(lab, serve) -> None:
         assert client.get("/health/ready").status_code == 503
         assert client.get("/health/ready").json() == {"status": "not ready"}
         assert client.get("/health/startup").status_code == 503
+
+
+def test_an_engine_that_died_is_not_alive(lab, serve) -> None:
+    class Dead(FakeEngine):
+        def status(self) -> EngineStatus:
+            return EngineStatus(is_ready=False, is_alive=False, num_running=0, num_waiting=0, retry_after_s=1)
+
+    with serve(Dead(lab.tokenizer, lambda _: [1])) as client:
+        assert client.get("/health/live").status_code == 503
+        assert client.get("/health/live").json() == {"status": "dead"}
 
 
 def test_a_moved_alias_is_used_by_the_next_request_and_loaded_ahead(lab, serve) -> None:

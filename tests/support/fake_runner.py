@@ -29,6 +29,7 @@ class FakeRunner:
 
     def __init__(self, *, num_slots: int = 4, num_blocks: int = 64, block_size: int = 4, step_s: float = 0.0) -> None:
         self.num_slots, self.num_blocks, self.block_size = num_slots, num_blocks, block_size
+        self.vocab_size = VOCAB_SIZE
         self.epoch = 0
         self.step_s = step_s
         self.gate = threading.Event()

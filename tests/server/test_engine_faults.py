@@ -1,0 +1,102 @@
+"""What goes wrong beside the model ends the requests it concerns and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from adapterhub.errors import RequestError
+from server.engine.engine import NativeEngine
+from server.engine.types import FinishEvent, GenerateRequest, SamplingParams, TokenEvent
+from tests.support.engines import BASE, TOKENIZER, collect, expected_answer, request, running, tokens_of, until
+from tests.support.fake_runner import FakeRunner
+
+
+class _Padded(FakeRunner):
+    """A model whose vocabulary was padded: its best tokens are none that the tokenizer knows."""
+
+    def step(self, rows, *, epoch):
+        logits = super().step(rows, epoch=epoch)
+        return torch.cat([logits, torch.full((len(rows), 10), 9.0)], dim=1)
+
+
+class _Surprised:
+    """The usual tokenizer, which fails at one token."""
+
+    def __init__(self, fails_at: int) -> None:
+        self._fails_at = fails_at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(TOKENIZER, name)
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str:
+        if self._fails_at in token_ids:
+            raise ZeroDivisionError("oops")
+        return TOKENIZER.decode(token_ids, **options)
+
+
+async def test_tokens_that_the_tokenizer_does_not_know_are_never_chosen() -> None:
+    async with running(_Padded()) as engine:
+        asked = [request("greedy", logprobs=20), request("drawn", temperature=1.0, top_p=0.5, seed="1")]
+        answers = await asyncio.gather(*(collect(engine, one) for one in asked))
+        assert engine.status().is_ready
+    assert [event.token_id for event in answers[0][:-1]] == expected_answer(asked[0])
+    for events in answers:
+        assert isinstance(events[-1], FinishEvent)
+        assert all(event.token_id < len(TOKENIZER) for event in events if isinstance(event, TokenEvent))
+
+
+async def test_a_row_that_fails_after_the_step_ends_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
+    bad, fine = request("bad", prompt="bad"), request("fine", prompt="fine", max_tokens=3)
+    fails_at = expected_answer(bad)[2]
+    assert fails_at not in expected_answer(fine)
+    async with running(FakeRunner(), _Surprised(fails_at)) as engine:
+        failed, answer = await asyncio.gather(collect(engine, bad), tokens_of(engine, fine))
+        assert await tokens_of(engine, fine) == answer
+    assert answer == expected_answer(fine)
+    assert str(failed[-1].error) == (
+        "The answer to request 'bad' cannot be continued: oops. Report the request with the server's log."
+    )
+    assert "request bad failed after its step" in caplog.text
+
+
+async def test_prompt_tokens_that_the_model_does_not_know_are_refused() -> None:
+    asked = GenerateRequest(
+        request_id="r", prompt_token_ids=(1, 99999), adapter=None, sampling=SamplingParams(max_tokens=1)
+    )
+    async with running(FakeRunner()) as engine:
+        with pytest.raises(RequestError) as refused:
+            await collect(engine, asked)
+    size = FakeRunner().vocab_size
+    assert str(refused.value) == (
+        f"Token id 99999 is not in the vocabulary of 'tiny', which has {size}. Send ids from 0 to {size - 1}."
+    )
+
+
+async def test_an_engine_whose_thread_died_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        """What the Rust libraries raise."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise Panic("oops")
+
+    engine = NativeEngine(FakeRunner(), TOKENIZER, BASE)
+    assert engine.status().is_alive
+    await engine.start()
+    assert engine.status().is_alive
+    monkeypatch.setattr("server.engine.scheduler.Scheduler.schedule", broken)
+    async with asyncio.timeout(5):
+        events = await collect(engine, request("r"))
+    assert str(events[-1].error) == "The engine stopped: oops. Restart the server and report its log."
+    await until(lambda: not engine.status().is_alive)
+
+
+async def test_a_stopped_engine_is_alive() -> None:
+    engine = NativeEngine(FakeRunner(), TOKENIZER, BASE)
+    await engine.start()
+    await engine.stop()
+    assert engine.status().is_alive
