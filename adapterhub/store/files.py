@@ -159,7 +159,7 @@ class Files:
             self.check(self.blob_path(digest), digest, what=f"Blob {name!r}")
         view = self.view_path(serving_digest)
         if view.is_dir():
-            if self._is_intact(view, blobs):
+            if self._is_intact(view, blobs, note):
                 return view
             self._to_quarantine(view)
         with self.scratch() as scratch:
@@ -173,14 +173,17 @@ class Files:
             try:
                 staged.rename(view)
             except OSError:  # Another writer was first; whatever the reason, the view must be there and intact.
-                if not self._is_intact(view, blobs):
+                if not self._is_intact(view, blobs, note):
                     raise
         fsync_folder(self._views)
         return view
 
-    def _is_intact(self, view: Path, blobs: Mapping[str, str]) -> bool:
-        has_note = (view / "adapterhub.json").is_file()
-        return has_note and all(self._is_same(view / name, digest) for name, digest in blobs.items())
+    def _is_intact(self, view: Path, blobs: Mapping[str, str], note: bytes) -> bool:
+        try:
+            is_noted = (view / "adapterhub.json").read_bytes() == note
+        except OSError:
+            return False
+        return is_noted and all(self._is_same(view / name, digest) for name, digest in blobs.items())
 
     def _is_same(self, path: Path, digest: str) -> bool:
         try:  # A link to the blob, which was hashed already, needs no second reading.

@@ -181,11 +181,13 @@ class Store:
         """Return the folder in which PEFT can open the adapter with that serving digest.
 
         Its files are hashed first, and a damaged or missing view is built again. Raises StoreCorruptError when the
-        blobs themselves are damaged, AdapterNotFoundError when nothing published has that digest.
+        blobs themselves are damaged, JobFailedError when the disk refuses, AdapterNotFoundError when nothing published
+        has that digest.
         """
         version = self.get_version(f"sha256:{check_digest(digest)}")
-        files = self.manifest(version).files
-        return self._files.ensure_view(version.serving_digest, files, self._note(version))
+        with self._disk_errors_translated():
+            files = self.manifest(version).files
+            return self._files.ensure_view(version.serving_digest, files, self._note(version))
 
     def _note(self, version: Version) -> bytes:
         note = {
@@ -248,6 +250,15 @@ class Store:
     def verify(self, ref: str) -> None:
         """Hash every file of a version again and derive its serving digest anew. Raises StoreCorruptError."""
         version = self.get_version(ref)
+        try:
+            self._verify_files(version)
+        except OSError as exc:
+            raise StoreCorruptError(
+                f"{version.label} cannot be checked: {exc}.",
+                "Check the disk and permissions, import the same adapter again, or restore the store from a backup.",
+            ) from exc
+
+    def _verify_files(self, version: Version) -> None:
         manifest = self.manifest(version)
         for name, digest in manifest.files.items():
             what = f"File {name!r} of {version.label}"
@@ -276,7 +287,9 @@ class Store:
         view = self._files.view_path(version.serving_digest)
         if view.is_dir():
             first = self.get_version(f"sha256:{version.serving_digest}")
-            for name, digest in (self.manifest(first) if first != version else manifest).files.items():
+            files = (self.manifest(first) if first != version else manifest).files
+            note_digest = hashlib.sha256(self._note(first)).hexdigest()
+            for name, digest in (files | {NOTE_FILE: note_digest}).items():
                 self._files.check(view / name, digest, what=f"File {name!r} in the view of {version.label}")
 
     def export(self, ref: str, folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -92,17 +93,40 @@ def test_a_row_with_another_base_is_reported(store: Store, tmp_path: Path) -> No
         store.verify("summarize@v1")
 
 
+@pytest.mark.parametrize("content", [b"", b"other", None])
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "adapterhub.json"])
-def test_a_damaged_view_is_built_again(name: str, store: Store, version: Version, tmp_path: Path) -> None:
+def test_a_damaged_view_is_found_and_built_again(
+    name: str, content: bytes | None, store: Store, version: Version, tmp_path: Path
+) -> None:
     view = store.view(version.serving_digest)
+    intact = (view / name).read_bytes()
     (view / name).unlink()
-    if name != "adapterhub.json":
-        (view / name).write_bytes(b"other")
-        with pytest.raises(StoreCorruptError, match=rf"File '{name}' in the view of summarize@v1"):
-            store.verify("summarize@v1")
+    if content is not None:
+        (view / name).write_bytes(content)
+    with pytest.raises(StoreCorruptError, match=rf"File '{name}' in the view of summarize@v1"):
+        store.verify("summarize@v1")
     assert store.view(version.serving_digest) == view
+    assert (view / name).read_bytes() == intact
     store.verify("summarize@v1")
     assert len(list((tmp_path / "store" / "quarantine").iterdir())) == 1
+
+
+def test_a_file_that_cannot_be_read_hides_no_damage_of_other_versions(
+    store: Store, version: Version, base: Base, new_folder: Callable[[int], Path], tmp_path: Path
+) -> None:
+    other = store.publish(new_folder(1), task="summarize", base=base)
+    blob = _blob(tmp_path, store, version, "adapter_model.safetensors")
+    blob.unlink()
+    blob.symlink_to("/proc/self/mem")  # A regular file whose first byte cannot be read: an I/O error on demand.
+    _flip_byte(_blob(tmp_path, store, other, "adapter_model.safetensors"))
+    damage = store.find_damage()
+    assert list(damage) == ["summarize@v1", "summarize@v2"]
+    assert damage["summarize@v1"].what == "summarize@v1 cannot be checked: [Errno 5] Input/output error."
+    assert damage["summarize@v1"].hint == (
+        "Check the disk and permissions, import the same adapter again, or restore the store from a backup."
+    )
+    with pytest.raises(JobFailedError, match=r"cannot use a file: .*Input/output error"):
+        store.view(version.serving_digest)
 
 
 def test_a_view_is_built_without_hard_links_too(
