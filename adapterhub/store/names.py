@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from adapterhub.base.catalogue import CATALOGUE
 from adapterhub.errors import InvalidNameError
 
 __all__ = [
@@ -28,8 +29,8 @@ _VERSION = re.compile(r"v([1-9][0-9]{0,8})")
 _VERSION_LIKE = re.compile(r"v[0-9]+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DIGEST_PREFIX = re.compile(r"[0-9a-f]{8,64}")
-# Requests use these in place of a task, see the `adapter` field of the HTTP interface.
-_RESERVED_TASKS = ("auto", "base")
+# Requests use these in place of a task, see the fields `adapter` and `model` of the HTTP interface.
+_RESERVED_TASKS = ("auto", "base", *sorted(CATALOGUE))
 _RULE = "1 to 63 characters of a-z, 0-9, dot, dash and underscore, the first a letter or digit"
 _MAX_SHOWN_CHARS = 80
 _MAX_TEXT_CHARS = 1000  # Room for a reason with a link; the log is read by people.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from adapterhub.base.catalogue import CATALOGUE
 from adapterhub.base.identity import Base
 from adapterhub.base.loading import load_model
 from adapterhub.errors import (
@@ -276,12 +277,15 @@ def test_a_task_name_that_could_be_a_path_is_refused(task: str, store: Store, ba
     )
 
 
-@pytest.mark.parametrize("task", ["auto", "base"])
+@pytest.mark.parametrize("task", ["auto", "base", *CATALOGUE])
 def test_a_task_name_with_another_meaning_in_requests_is_refused(
     task: str, store: Store, base: Base, folder: Path
 ) -> None:
-    with pytest.raises(InvalidNameError, match=f"'{task}' cannot name a task: in requests it means something else"):
+    with pytest.raises(
+        InvalidNameError, match=f"'{task}' cannot name a task: in requests it means something else"
+    ) as caught:
         store.publish(folder, task=task, base=base)
+    assert caught.value.hint == "Reserved: auto, base, smollm2-135m-instruct; choose another name."
 
 
 @pytest.mark.parametrize("actor", ["", "  ", "x" * 1001, "\ud800"])
