@@ -27,7 +27,20 @@ _QUANTIZATION_RECIPES: dict[Quantization, dict[str, Any]] = {
     "int8": {"type": "int8", "axis": "row"},
     "none": {"type": "none"},
 }
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+# Every file from which a tokenizer of transformers is built: fast, SentencePiece, byte-pair, word-piece and tiktoken.
+_TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "normalizer.json",
+    "tekken.json",
+    "bpe.codes",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+)
 _PASSING_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 _IDENTITY_CACHE = ".adapterhub-files.json"
 
@@ -122,14 +135,14 @@ def describe_base(name: str, folder: Path, quantization: Quantization) -> Base:
         raise BaseNotPulledError(f"Base {name!r} is not on this machine ({folder}).", f"Run `hub base pull {name}`.")
     config = json.loads(config_path.read_text(encoding="utf-8"))
     weights = _weight_files(folder)
-    tokenizer = [folder / file for file in _TOKENIZER_FILES if (folder / file).is_file()]
+    tokenizer = {path for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()}
     template_digest = hashlib.sha256(_chat_template(folder).encode()).hexdigest()
     # Keys that name the writer of the file, not the model, must not change the identity.
     lasting = {key: value for key, value in config.items() if key not in _PASSING_CONFIG_KEYS}
     identity = {
         "config": lasting,
         "weights": _cached_digests(folder, weights),
-        "tokenizer": {path.name: file_sha256(path) for path in tokenizer},
+        "tokenizer": {path.name: file_sha256(path) for path in sorted(tokenizer)},
         "chat_template": template_digest,
         "quantization": _QUANTIZATION_RECIPES[quantization],
     }

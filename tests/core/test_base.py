@@ -47,6 +47,21 @@ def test_the_digest_changes_with_weights_tokenizer_template_and_quantization_and
     assert len(digests) == 6
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["special_tokens_map.json", "added_tokens.json", "spiece.model", "vocab.txt", "qwen.tiktoken", "tokenizer_v2.json"],
+)
+def test_every_tokenizer_file_enters_the_digest_and_a_readme_does_not(name: str, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "a")
+    (base.folder / "README.md").write_text("a base")
+    assert describe_base("a", base.folder, "none").digest == base.digest
+    digests = {base.digest}
+    for content in ("{}", '{"eos_token": "x"}'):
+        (base.folder / name).write_text(content)
+        digests.add(describe_base("a", base.folder, "none").digest)
+    assert len(digests) == 3
+
+
 def test_a_weight_file_changed_in_place_changes_the_digest(tmp_path: Path) -> None:
     base = build_base(tmp_path / "a")
     weights = base.folder / "model.safetensors"
