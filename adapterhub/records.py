@@ -93,6 +93,9 @@ class EvaluationRecord(_Record):
     interval_low: float
     interval_high: float
     confidence: float = 0.95
+    p_value: float | None = Field(None, description="Exact two-sided McNemar test; only for scores of 0 and 1.")
+    num_base_unfinished: int = Field(0, description="Answers of the base that ran into the limit of new tokens.")
+    num_adapter_unfinished: int = Field(0, description="The same for the adapter.")
     seed: int
     data_digest: str
 

@@ -15,15 +15,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub.base import Base
-from adapterhub.errors import QualityGateError
+from adapterhub.errors import DataError, QualityGateError
 from adapterhub.recipes import Recipe
 from adapterhub.records import EvaluationRecord
 from trainer.data.tokens import TokenRow, rows_digest
 from trainer.generate import generate_answers
-from trainer.metrics import build_scorer, paired_difference
+from trainer.metrics import build_scorer, mcnemar_p_value, paired_difference
 
-__all__ = ["Comparison", "base_answers", "check_gate", "compare"]
+__all__ = ["Comparison", "base_answers", "check_gate", "check_num_rows", "compare"]
 
+# From 20 rows on, Student's t is within 7 % of the normal quantile; below, a few lucky rows decide.
+_MIN_GATE_ROWS = 20
 _CACHE_FORMAT = 1  # Raise it when prompts or decoding change, so that old answers are not reused.
 
 
@@ -53,6 +55,7 @@ def compare(first: Sequence[str], second: Sequence[str], rows: Sequence[TokenRow
         interval_low=difference.low,
         interval_high=difference.high,
         confidence=recipe.gate.confidence,
+        p_value=None if recipe.metric == "rouge_l" else mcnemar_p_value(first_scores, second_scores),
         seed=recipe.split.seed,
         data_digest=rows_digest(rows),
     )
@@ -100,14 +103,32 @@ def base_answers(
     return answers
 
 
+def check_num_rows(num_rows: int, recipe: Recipe) -> None:
+    """Raise DataError when an adapter measured on `num_rows` rows could not be published."""
+    if num_rows < _MIN_GATE_ROWS:
+        raise DataError(
+            f"{recipe.task!r} measures on {num_rows} held-out rows, but publishing needs {_MIN_GATE_ROWS}.",
+            f"Hold out more (`--set split.eval={_MIN_GATE_ROWS}`, and gate.num_rows at least that), add rows, or use "
+            "`--no-publish`.",
+        )
+
+
 def check_gate(record: EvaluationRecord, recipe: Recipe, *, kept_in: Path) -> None:
-    """Raise QualityGateError unless the lower end of the interval lies above the gain the recipe demands."""
-    if record.interval_low > recipe.gate.min_gain:
+    """Raise QualityGateError unless the lower end of the interval lies above the gain the recipe demands.
+
+    Scores of 0 and 1 must pass the exact McNemar test as well, unless the recipe allows a loss. Raises DataError when
+    there are too few rows for either.
+    """
+    check_num_rows(record.num_rows, recipe)
+    level = 1 - record.confidence
+    is_exact = record.p_value is None or recipe.gate.min_gain < 0 or record.p_value < level
+    if record.interval_low > recipe.gate.min_gain and is_exact:
         return
+    doubt = "" if is_exact else f", and McNemar's p of {record.p_value:.4f} below {level:.4f}"
     raise QualityGateError(
         f"{recipe.task!r} was not published: {record.metric} changed by {record.difference:+.4f} against the base, "
         f"{record.confidence:.0%} interval [{record.interval_low:+.4f}, {record.interval_high:+.4f}] on "
-        f"{record.num_rows} held-out rows; the gate wants its lower end above {recipe.gate.min_gain:+.4f}.",
+        f"{record.num_rows} held-out rows; the gate wants its lower end above {recipe.gate.min_gain:+.4f}{doubt}.",
         f"The adapter is kept in {kept_in}. Train longer (`--max-steps`), on more rows, or measure on more rows "
         "(`--set gate.num_rows=N`).",
     )

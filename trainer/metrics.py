@@ -14,7 +14,7 @@ from typing import Any, assert_never
 
 from adapterhub.recipes import Recipe
 
-__all__ = ["PairedDifference", "build_scorer", "find_label", "find_number", "paired_difference"]
+__all__ = ["PairedDifference", "build_scorer", "find_label", "find_number", "mcnemar_p_value", "paired_difference"]
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
@@ -93,4 +93,18 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, confid
     mean = math.fsum(differences) / count
     variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
     half = float(t.ppf(0.5 + confidence / 2, count - 1)) * math.sqrt(variance / count)
+    # Scores of 0 and 1 that differ in few rows make it too narrow; `mcnemar_p_value` guards those.
     return PairedDifference(mean=mean, low=mean - half, high=mean + half, num_rows=count)
+
+
+def mcnemar_p_value(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the two-sided p of "neither side is right more often", for scores of 0 and 1.
+
+    Of the rows that only one side got right, each side has half by chance: an exact binomial test
+    (McNemar 1947, https://doi.org/10.1007/BF02295996). 1 when no row differs.
+    """
+    from scipy.stats import binomtest
+
+    num_better = sum(b > a for a, b in zip(first, second, strict=True))
+    num_worse = sum(b < a for a, b in zip(first, second, strict=True))
+    return float(binomtest(num_better, num_better + num_worse).pvalue) if num_better + num_worse else 1.0

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from adapterhub.base import Base
-from adapterhub.base.loading import load_model, load_tokenizer
+from adapterhub.base.loading import load_model, load_tokenizer, use_threads
 from adapterhub.errors import BaseMismatchError, DataError
 from adapterhub.recipes import Recipe, load_recipe, parse_recipe
 from adapterhub.settings import Settings
@@ -48,6 +48,7 @@ def reevaluate(
 
     num_rows: how many held-out rows, all by default; seed: draw them at random instead of taking the first ones.
     """
+    use_threads(settings)
     version = store.get_version(ref)
     other = None if against == "base" else store.get_version(against)
     for each in (version, other):

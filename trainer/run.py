@@ -19,16 +19,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub.base import Base
-from adapterhub.base.loading import load_model, load_tokenizer
+from adapterhub.base.loading import load_model, load_tokenizer, use_threads
+from adapterhub.errors import RecipeError, SettingsError
 from adapterhub.recipes import Recipe
 from adapterhub.records import EvaluationRecord, TrainingRecord
 from adapterhub.settings import Settings
 from adapterhub.store import Store, Version
 from trainer.data import DataReport, PreparedData, TokenRow, data_file, prepare
-from trainer.evaluate import Comparison, base_answers, check_gate, compare
+from trainer.evaluate import Comparison, base_answers, check_gate, check_num_rows, compare
 from trainer.generate import generate_answers
 from trainer.lineage import training_record
 from trainer.loop import TrainingResult, train
+from trainer.methods import build_peft_config
 from trainer.progress import StepReport
 
 __all__ = ["RunOutcome", "RunView", "base_cache", "prepare_data", "publish_run", "run_recipe", "save_adapter"]
@@ -88,24 +90,31 @@ def run_recipe(
     base: Base,
     settings: Settings,
     keep_quantized: bool | None = None,
+    will_publish: bool = False,
     view: RunView | None = None,
 ) -> RunOutcome:
     """Check the data, train, and measure on held-out rows; see `publish_run` for the rest.
 
-    recipe: resolved and filled in. keep_quantized: see `adapterhub.base.loading.load_model`.
+    recipe: resolved and filled in. keep_quantized: see `adapterhub.base.loading.load_model`. will_publish: refuse
+    before training what `publish_run` would refuse for its rows or its store.
     """
     import torch
 
     view = view or RunView()
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings)
+    _check_fits(recipe, base)
+    if will_publish:
+        Store.open(settings.store_dir).close()
     tokenizer = load_tokenizer(base)
     data = prepare_data(recipe, settings=settings, tokenizer=tokenizer)
     view.data(data.report)
+    rows = data.held_out[: recipe.gate.num_rows]
+    if will_publish:
+        check_num_rows(len(rows), recipe)
+    folder = _new_run_folder(recipe, settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with view.loading(base):
         model = load_model(base, device=device, keep_quantized=keep_quantized)
-    folder = _new_run_folder(recipe, settings)
     with view.training() as on_step:
         result = train(
             model, data.train, recipe=recipe, base=base, tokenizer=tokenizer, run_folder=folder, on_step=on_step
@@ -114,7 +123,6 @@ def run_recipe(
     view.trained(result)
     training = training_record(recipe, data, data.train, result)
     _write_json(folder / "run.json", {"base": base.record(), "training": training, "data": asdict(data.report)})
-    rows = data.held_out[: recipe.gate.num_rows]
     comparison = _measure(result.model, rows, recipe, base, tokenizer, settings, view)
     _write_json(folder / "evaluation.json", {"record": comparison.record, "rows": _answer_rows(comparison, rows)})
     view.evaluated(comparison.record)
@@ -138,6 +146,17 @@ def publish_run(outcome: RunOutcome, *, base: Base, settings: Settings) -> Versi
         store.close()
 
 
+def _check_fits(recipe: Recipe, base: Base) -> None:
+    """Raise RecipeError for what this base cannot do, before anything of it is loaded."""
+    build_peft_config(recipe, base)
+    if recipe.training.max_length > base.context_tokens:
+        raise RecipeError(
+            f"training.max_length is {recipe.training.max_length}, but base {base.name!r} reads "
+            f"{base.context_tokens} tokens.",
+            f"Use `--set training.max_length={base.context_tokens}` or less.",
+        )
+
+
 def _new_run_folder(recipe: Recipe, settings: Settings) -> Path:
     name = f"{recipe.task}-{recipe.method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = settings.runs_dir / name
@@ -145,7 +164,13 @@ def _new_run_folder(recipe: Recipe, settings: Settings) -> Path:
     while folder.exists():
         attempt += 1
         folder = settings.runs_dir / f"{name}-{attempt}"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as exc:
+        raise SettingsError(
+            f"The run folder {str(folder)!r} cannot be made: {exc.strerror}.",
+            "Set ADAPTERHUB_HOME to a writable folder.",
+        ) from exc
     return folder
 
 

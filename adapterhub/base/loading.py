@@ -10,12 +10,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from adapterhub.base.identity import Base
+from adapterhub.settings import Settings
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["forget_quantizer_", "load_model", "load_tokenizer", "quiet_libraries"]
+__all__ = ["forget_quantizer_", "load_model", "load_tokenizer", "quiet_libraries", "use_threads"]
 
 
 def quiet_libraries() -> None:
@@ -26,6 +27,14 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "bitsandbytes.cextension", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def use_threads(settings: Settings) -> None:
+    """Give torch the CPU threads that the settings name; 0 leaves torch its own choice."""
+    if settings.threads:
+        import torch
+
+        torch.set_num_threads(settings.threads)
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:

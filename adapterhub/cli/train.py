@@ -105,7 +105,7 @@ def _run(recipe: Recipe, settings: Settings, *, publish: bool, as_json: bool) ->
     from adapterhub.errors import QualityGateError
 
     console.print(f"[bold]{recipe.task}[/] with {recipe.method} on {base.name} ({base.quantization})")
-    outcome = run_recipe(recipe, base=base, settings=settings, view=ConsoleView(console))
+    outcome = run_recipe(recipe, base=base, settings=settings, will_publish=publish, view=ConsoleView(console))
     version, refusal = None, None
     if publish:
         try:

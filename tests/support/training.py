@@ -54,7 +54,7 @@ def echo_rows(tokenizer: PreTrainedTokenizerBase, *, num_rows: int = 64, seed: i
 def tiny_recipe(method: str = "lora", *, data: Path = Path("unused.jsonl"), **changes: Any) -> Recipe:
     """A resolved recipe for a tiny base; `changes` are dotted keys with `__` for the dot, such as training__rank=3."""
     recipe = Recipe(task="tiny", data=DataSource(file=data), method=parse_method(method))
-    defaults = {"training.max_steps": 30, "generation.max_new_tokens": 8, "split.eval": 8, "gate.num_rows": 8}
+    defaults = {"training.max_steps": 30, "generation.max_new_tokens": 8, "split.eval": 20, "gate.num_rows": 20}
     given = {key.replace("__", "."): value for key, value in changes.items()}
     texts = {key: json.dumps(value) for key, value in (defaults | given).items()}
     return fill_in(recipe.resolve(changes=texts))

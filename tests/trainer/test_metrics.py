@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from adapterhub.errors import QualityGateError
+from adapterhub.errors import DataError, QualityGateError
 from adapterhub.recipes import DataSource, Gate, Recipe
 from adapterhub.records import EvaluationRecord
 from trainer.data.tokens import TokenRow
 from trainer.evaluate import check_gate, compare
-from trainer.metrics import build_scorer, find_label, find_number, paired_difference
+from trainer.metrics import build_scorer, find_label, find_number, mcnemar_p_value, paired_difference
 
 
 def recipe(metric: str, labels: tuple[str, ...] = ()) -> Recipe:
@@ -146,3 +146,35 @@ def test_the_gate_passes_only_when_the_whole_interval_lies_above_the_demand() ->
     assert caught.value.exit_code == 1
     with pytest.raises(QualityGateError):
         check_gate(record(0.0, 0.0, 0.0), recipe("rouge_l"), kept_in=Path("/kept"))
+
+
+def test_the_gate_never_passes_on_few_rows_even_when_all_agree() -> None:
+    certain = record(1.0, 1.0, 1.0)
+    check_gate(certain.model_copy(update={"num_rows": 20}), recipe("rouge_l"), kept_in=Path("/kept"))
+    with pytest.raises(DataError) as caught:
+        check_gate(certain.model_copy(update={"num_rows": 19}), recipe("rouge_l"), kept_in=Path("/kept"))
+    assert str(caught.value) == (
+        "'ask' measures on 19 held-out rows, but publishing needs 20. Hold out more (`--set split.eval=20`, and "
+        "gate.num_rows at least that), add rows, or use `--no-publish`."
+    )
+
+
+def test_the_exact_test_of_right_and_wrong_answers_equals_the_binomial_sum() -> None:
+    first, second = [0.0] * 5 + [1.0] * 20, [1.0] * 25
+    assert mcnemar_p_value(first, second) == pytest.approx(2 / 2**5)
+    assert mcnemar_p_value(second, first) == pytest.approx(2 / 2**5)
+    assert mcnemar_p_value([0, 0, 0, 0, 1], [1, 1, 1, 1, 0]) == pytest.approx(2 * (1 + 5) / 2**5)
+    assert mcnemar_p_value(second, second) == 1.0
+
+
+def test_the_gate_wants_the_exact_test_where_few_right_answers_make_the_interval_too_narrow() -> None:
+    rows = [TokenRow(i, (), "yes", None, (1,), (2,)) for i in range(96)]
+    few = ["no"] * 5 + ["yes"] * 91  # The t interval of 5 wins and no loss lies above 0; a fair coin does it in 6 %.
+    labelled = recipe("accuracy", ("yes", "no"))
+    result = compare(few, ["yes"] * 96, rows, recipe=labelled).record
+    assert result.interval_low > 0
+    with pytest.raises(QualityGateError, match=r"above \+0\.0000, and McNemar's p of 0\.0625 below 0\.0500\. The"):
+        check_gate(result, labelled, kept_in=Path("/kept"))
+    lenient = labelled.model_copy(update={"gate": Gate(min_gain=-0.01)})
+    check_gate(result, lenient, kept_in=Path("/kept"))
+    check_gate(compare(["no"] * 6 + few[6:], ["yes"] * 96, rows, recipe=labelled).record, labelled, kept_in=Path("/"))

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from adapterhub.base import Base
-from adapterhub.errors import BaseMismatchError, DataError, QualityGateError
+from adapterhub.errors import (
+    AdapterHubError,
+    AdapterNotFoundError,
+    BaseMismatchError,
+    DataError,
+    QualityGateError,
+    RecipeError,
+    SettingsError,
+)
 from adapterhub.settings import Settings, load_settings
 from adapterhub.store import Store
 from tests.support.adapters import write_adapter
@@ -62,8 +70,8 @@ def test_a_run_beats_the_base_and_is_published_with_its_evidence(rows: Path, bas
     assert run_json["training"]["recipe"]["training"]["rank"] == 16
     assert run_json["base"]["digest"] == base.digest
     answers = json.loads((outcome.folder / "evaluation.json").read_text())["rows"]
-    assert len(answers) == 8
-    assert sum(row["adapter"] == "ok ok" for row in answers) >= 4
+    assert len(answers) == 20
+    assert sum(row["adapter"] == "ok ok" for row in answers) >= 10
     assert sorted(path.name for path in outcome.folder.iterdir()) == ["adapter", "evaluation.json", "run.json"]
 
 
@@ -108,6 +116,45 @@ def test_bad_data_stops_the_run_before_a_model_loads(
     assert not settings.runs_dir.exists()
 
 
+def test_what_cannot_be_published_or_kept_stops_the_run_before_a_model_loads(
+    rows: Path, base: Base, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("trainer.run.load_model", None)
+    few = tiny_recipe(data=rows, split__eval=19)
+    with pytest.raises(
+        DataError, match=r"'tiny' measures on 19 held-out rows, but publishing needs 20\. Hold out more"
+    ):
+        run_recipe(few, base=base, settings=settings, will_publish=True)
+    taken = settings.model_copy(update={"home": tmp_path / "file"})
+    taken.home.touch()
+    with pytest.raises(
+        SettingsError, match=r"The run folder '.*' cannot be made: Not a dir.* Set ADAPTERHUB_HOME to a"
+    ):
+        run_recipe(few, base=base, settings=taken)
+    with pytest.raises(AdapterHubError, match="the store in"):
+        run_recipe(few, base=base, settings=taken, will_publish=True)
+
+
+def test_what_the_base_cannot_do_stops_the_run_before_the_data_is_read(base: Base, settings: Settings) -> None:
+    with pytest.raises(
+        RecipeError, match=r"max_length is 513, but base .* reads 512 tokens\. Use `--set training\.max"
+    ):
+        run(Path("nowhere"), base, settings, training__max_length=513)
+    with pytest.raises(RecipeError, match=r"names 'q_prj', which base .* lacks"):
+        run(Path("nowhere"), base, settings, training__target_modules=["q_prj"])
+    with pytest.raises(RecipeError, match=r"AdaLoRA cannot cut ranks"):
+        run_recipe(tiny_recipe("adalora", training__max_steps=3), base=base, settings=settings)
+
+
+def test_measuring_again_uses_the_threads_of_the_settings(base: Base, settings: Settings) -> None:
+    store = Store.open(settings.store_dir)
+    torch.set_num_threads(2)
+    with pytest.raises(AdapterNotFoundError):
+        reevaluate("tiny", against="base", base=base, store=store, settings=settings)
+    assert torch.get_num_threads() == 1
+    store.close()
+
+
 def test_a_published_version_is_measured_again_on_rows_it_never_saw(rows: Path, base: Base, settings: Settings) -> None:
     outcome = run(rows, base, settings)
     publish_run(outcome, base=base, settings=settings)
@@ -118,8 +165,8 @@ def test_a_published_version_is_measured_again_on_rows_it_never_saw(rows: Path, 
     assert result.comparison.record == outcome.evaluation
     part = reevaluate("tiny", against="base", num_rows=4, seed=3, **options)
     assert (part.comparison.record.num_rows, part.comparison.record.seed) == (4, 3)
-    with pytest.raises(DataError, match=r"--rows is 9, but this version has 8 held-out rows\. Use 2 to 8"):
-        reevaluate("tiny", against="base", num_rows=9, **options)
+    with pytest.raises(DataError, match=r"--rows is 21, but this version has 20 held-out rows\. Use 2 to 20"):
+        reevaluate("tiny", against="base", num_rows=21, **options)
     with pytest.raises(BaseMismatchError, match=r"tiny@v1 was trained on base .* Choose its base with `--base`"):
         reevaluate("tiny", against="base", **(options | {"base": replace(base, digest="0" * 64)}))
 

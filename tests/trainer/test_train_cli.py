@@ -24,7 +24,7 @@ from adapterhub.errors import (
 from tests.support.tiny_models import build_base
 from tests.support.training import write_jsonl, write_task
 
-SMALL = ["--set", "generation.max_new_tokens=8", "--set", "split.eval=8", "--set", "gate.num_rows=8"]
+SMALL = ["--set", "generation.max_new_tokens=8", "--set", "split.eval=20", "--set", "gate.num_rows=20"]
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,12 @@ def test_own_rows_become_a_published_version_that_can_be_measured_again(rows: Pa
     result = hub("train", "--task", "mytask", "--data", str(rows), "--max-steps", "30", "--seed", "3", *SMALL)
     assert result.exit_code == 0, result.output
     assert result.stdout == "mytask@v1\n"
-    for part in ("40 rows read; 32 train, 8 held out", "ok ok<|im_end|>", "tokens/s", "base", "adapter", "paired t"):
+    for part in ("40 rows read; 20 train, 20 held out", "ok ok<|im_end|>", "tokens/s", "base", "adapter", "paired t"):
         assert part in result.stderr
     assert "published mytask@v1" in result.stderr
 
     measured = json.loads(hub("eval", "mytask@v1", "--json").stdout)
-    assert (measured["adapter"], measured["against"], measured["num_rows"]) == ("mytask@v1", "base", 8)
+    assert (measured["adapter"], measured["against"], measured["num_rows"]) == ("mytask@v1", "base", 20)
     assert measured["interval_low"] > 0
     table = hub("eval", "mytask", "--against", "mytask@v1", "--rows", "4").stdout
     assert "rouge_l on 4 held-out rows" in table
@@ -107,6 +107,8 @@ def test_wrong_arguments_are_named(rows: Path) -> None:
     missing = refused("train", "--task", "mytask", "--data", "nowhere.jsonl")
     assert isinstance(missing, DataError)
     assert "There is no data file" in str(missing)
+    negative = refused("train", "--task", "summarize", "--seed", "-1")
+    assert "training.seed is -1: Input should be greater than or equal to 0" in str(negative)
     assert isinstance(refused("train", "--task", "summarize", "--base", "nobase"), BaseNotPulledError)
     assert isinstance(refused("eval", "summarise"), AdapterNotFoundError)
 
