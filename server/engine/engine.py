@@ -85,8 +85,6 @@ class NativeEngine:
         self._open.add(track)
         is_finished = False
         try:
-            if request.adapter is not None and not loop.is_near(request.adapter.digest):
-                self._start_load(request.adapter)
             loop.put(track)
             while not is_finished:
                 event = await track.events.get()
@@ -135,8 +133,11 @@ class NativeEngine:
             self._loop.put_loaded(handle, future.result(), None)
 
     async def load(self, handle: AdapterHandle) -> None:
-        """Load an adapter, and write it into a slot at once if one has no user. Raises AdapterLoadError."""
-        if self._loop is None:
+        """Load an adapter, and write it into a slot at once if one has no user.
+
+        Raises AdapterLoadError, and OverloadedError when the engine is not running.
+        """
+        if self._loop is None or not self.status().is_ready:
             raise OverloadedError("The engine is not running.", "Start it first.")
         if not self._loop.is_near(handle.digest):
             await asyncio.wrap_future(self._start_load(handle))

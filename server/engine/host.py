@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from adapterhub.errors import AdapterHubError, AdapterLoadError
+from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError
 from server.engine.types import AdapterHandle
 
 __all__ = ["Loads"]
@@ -30,42 +30,55 @@ class Loads(Generic[_T]):
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "adapter-load")
         self._lock = threading.Lock()
         self._running: dict[str, Future[_T]] = {}
+        self._is_stopped = False
 
     def start(self, handle: AdapterHandle, on_done: Callable[[AdapterHandle, Future[_T]], None]) -> Future[_T]:
         """Begin to load, unless that adapter is being loaded; `on_done` is called once per load, in its thread.
 
-        The future fails with AdapterLoadError.
+        The future fails with AdapterLoadError and cannot be cancelled, because others may wait for it too. Raises
+        OverloadedError after `stop`.
         """
         with self._lock:
+            if self._is_stopped:
+                raise OverloadedError("The server is shutting down.", "Send the request again later.")
             if handle.digest in self._running:
                 return self._running[handle.digest]
             future: Future[_T] = Future()
+            future.set_running_or_notify_cancel()
             self._running[handle.digest] = future
-        self._threads.submit(self._run, handle, future, on_done)
+            self._threads.submit(self._run, handle, future, on_done)
         return future
 
     def _run(
         self, handle: AdapterHandle, future: Future[_T], on_done: Callable[[AdapterHandle, Future[_T]], None]
     ) -> None:
         try:
-            future.set_result(self._load(handle.view))
-        except Exception as exc:  # One broken adapter must not end the thread; its requests hear of it.
+            future.set_result(self._load_unless_stopped(handle))
+        except BaseException as exc:  # One broken adapter must not end the thread; its requests hear of it.
             if not isinstance(exc, AdapterHubError):
                 _log.exception("adapter %s cannot be loaded", handle.label)
             future.set_exception(_load_error(handle, exc))
-        with self._lock:
-            del self._running[handle.digest]
-        on_done(handle, future)
+        finally:
+            with self._lock:
+                del self._running[handle.digest]
+            on_done(handle, future)
+
+    def _load_unless_stopped(self, handle: AdapterHandle) -> _T:
+        if self._is_stopped:
+            raise OverloadedError("The server is shutting down.", "Ask another server, or again later.")
+        return self._load(handle.view)
 
     def stop(self) -> None:
-        """Start no further load."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Start no further load; those that wait for a thread fail."""
+        with self._lock:
+            self._is_stopped = True
+        self._threads.shutdown(wait=False)
 
 
-def _load_error(handle: AdapterHandle, exc: Exception) -> AdapterLoadError:
-    error = AdapterLoadError(
-        f"Adapter {handle.label!r} cannot be loaded: {str(exc).rstrip('.')}.",
-        f"Check it with `hub adapters verify {handle.label}`, or choose another version.",
-    )
+def _load_error(handle: AdapterHandle, exc: BaseException) -> AdapterLoadError:
+    what, hint = str(exc), f"Check it with `hub adapters verify {handle.label}`, or choose another version."
+    if isinstance(exc, OverloadedError):
+        what, hint = exc.what, exc.hint
+    error = AdapterLoadError(f"Adapter {handle.label!r} cannot be loaded: {what.rstrip('.')}.", hint)
     error.__cause__ = exc
     return error

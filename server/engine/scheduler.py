@@ -66,11 +66,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. writes: (slot, digest) to write before it; missing: digests to load before they can be written."""
+    """One step.
+
+    writes: (slot, digest) to write before it; missing: digests to load before they can be written; epoch: the number of
+    slot writes after which the rows may run, those of the plan included.
+    """
 
     rows: tuple[Row, ...]
     writes: tuple[tuple[int, str], ...]
     missing: tuple[str, ...]
+    epoch: int
 
 
 class Scheduler:
@@ -122,9 +127,11 @@ class Scheduler:
         """Every sequence that waits for a slot with this adapter."""
         return [one for one in self._waiting if one.digest == digest and one.slot is None]
 
-    def waiting_digests(self) -> set[str]:
-        """Adapters that sequences wait for."""
-        return {one.digest for one in self._waiting if one.digest is not None and one.slot is None}
+    def wanted_digests(self) -> list[str]:
+        """Adapters to hold ready on the host: those without a slot that wait longest, as many as there are slots."""
+        waiting = (one.digest for one in self._waiting if one.digest is not None and one.slot is None)
+        wanted = dict.fromkeys(digest for digest in waiting if self._slots.find(digest) is None)
+        return list(wanted)[: self._slots.num_slots]
 
     def advance(self, row: Row, token_id: int | None) -> None:
         """Record that a row was computed, and the token it gave."""
@@ -139,18 +146,13 @@ class Scheduler:
         """
         chosen = self._continue_running()
         writes: list[tuple[int, str]] = []
-        missing: dict[str, None] = {}
-        self._admit(chosen, loaded, writes, missing)
-        return StepPlan(tuple(_row(*one) for one in chosen.items()), tuple(writes), tuple(missing))
+        self._admit(chosen, loaded, writes)
+        rows = tuple(_row(*one) for one in chosen.items())
+        missing = tuple(digest for digest in self.wanted_digests() if digest not in loaded)
+        return StepPlan(rows, tuple(writes), missing, self._slots.epoch + len(writes))
 
-    def _admit(
-        self,
-        chosen: dict[Sequence, int],
-        loaded: Container[str],
-        writes: list[tuple[int, str]],
-        missing: dict[str, None],
-    ) -> None:
-        """Start waiting sequences while there are tokens, rows, blocks and slots for them; adds to its last three."""
+    def _admit(self, chosen: dict[Sequence, int], loaded: Container[str], writes: list[tuple[int, str]]) -> None:
+        """Start waiting sequences while there are tokens, rows, blocks and slots; adds to `chosen` and `writes`."""
         budget = self._limits.max_step_tokens - sum(chosen.values())
         is_slot_awaited = False
         for sequence in list(self._waiting):
@@ -166,10 +168,8 @@ class Scheduler:
                 self._start(sequence)
                 chosen[sequence] = min(budget, sequence.num_left)
                 budget -= chosen[sequence]
-            elif sequence.digest is not None and sequence.digest not in loaded:
-                missing[sequence.digest] = None  # Loading takes a moment; others may run meanwhile.
-            else:
-                is_slot_awaited = True
+            elif sequence.digest in loaded:
+                is_slot_awaited = True  # Not for one that must be loaded first: that takes a moment; others may run.
 
     def _continue_running(self) -> dict[Sequence, int]:
         """Choose tokens of running sequences, those that decode first; preempt the latest when blocks run out."""

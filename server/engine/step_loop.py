@@ -182,7 +182,7 @@ class StepLoop:
                 for digest in plan.missing:
                     self._request_load(self._handle_of(digest))
                 if self._write_slots(plan) and plan.rows:
-                    self._run_rows(plan.rows)
+                    self._run_rows(plan.rows, epoch=plan.epoch)
         except BaseException as exc:  # A panic in Rust too: the thread ends, and nobody may be left waiting.
             _log.exception("the engine stopped after %d steps", self.num_steps)
             error = AdapterHubError(f"The engine stopped: {_reason(exc)}", "Restart the server and report its log.")
@@ -222,7 +222,10 @@ class StepLoop:
                 assert_never(message)
 
     def _keep(self, loaded: _Loaded) -> None:
-        """Keep a loaded adapter on the host until it is written; put it into a slot at once if one has no user."""
+        """Keep a loaded adapter on the host until it is written; put it into a slot at once if one has no user.
+
+        The host holds at most the wanted ones and as many others as there are slots.
+        """
         digest = loaded.handle.digest
         if self._slots.find(digest) is not None:
             return
@@ -234,8 +237,8 @@ class StepLoop:
                 self._slots.release(slot)
                 if error is not None:
                     self._empty_slot(slot)
-        needed = self._scheduler.waiting_digests()
-        for spare in [one for one in self._loaded if one not in needed][: -self._runner.num_slots]:
+        wanted = self._scheduler.wanted_digests()
+        for spare in [one for one in self._loaded if one not in wanted][: -self._runner.num_slots]:
             del self._loaded[spare]
 
     def _write_slots(self, plan: StepPlan) -> bool:
@@ -264,10 +267,10 @@ class StepLoop:
         self._slots.discard(slot)
         self._slots.epoch = self._runner.clear_slot(slot)
 
-    def _run_rows(self, rows: Sequence[Row]) -> None:
+    def _run_rows(self, rows: Sequence[Row], *, epoch: int) -> None:
         """Run one step and record what it gave."""
         try:
-            logits = self._runner.step([_step_row(row) for row in rows], epoch=self._slots.epoch)
+            logits = self._runner.step([_step_row(row) for row in rows], epoch=epoch)
         except Exception as exc:  # The requests of this step end here; the next step may be fine.
             _log.exception("step %d failed", self.num_steps)
             error = AdapterHubError(

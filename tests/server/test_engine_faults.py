@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from adapterhub.errors import RequestError
+from adapterhub.errors import OverloadedError, RequestError
 from server.engine.engine import NativeEngine
-from server.engine.types import FinishEvent, GenerateRequest, SamplingParams, TokenEvent
-from tests.support.engines import BASE, TOKENIZER, collect, expected_answer, request, running, tokens_of, until
+from server.engine.types import ErrorEvent, FinishEvent, GenerateRequest, SamplingParams, TokenEvent
+from tests.support.engines import BASE, TOKENIZER, collect, expected_answer, handle, request, running, tokens_of, until
 from tests.support.fake_runner import FakeRunner
 
 
@@ -100,3 +101,66 @@ async def test_a_stopped_engine_is_alive() -> None:
     await engine.start()
     await engine.stop()
     assert engine.status().is_alive
+
+
+async def test_giving_up_on_a_load_leaves_it_to_the_others() -> None:
+    runner = FakeRunner()
+    runner.load_s = {"a": 0.1}
+    asked = request("r", "a")
+    async with running(runner) as engine, asyncio.timeout(5):
+        impatient = asyncio.create_task(engine.load(handle("a")))
+        await asyncio.sleep(0.02)
+        impatient.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await impatient
+        assert await tokens_of(engine, asked) == expected_answer(asked)
+    assert runner.loads == ["a"]
+
+
+async def test_loads_left_at_the_end_fail_and_no_other_begins() -> None:
+    runner = FakeRunner()
+    runner.load_s = dict.fromkeys("abcd", 0.1)
+    engine = NativeEngine(runner, TOKENIZER, BASE)
+    await engine.start()
+    loads = [asyncio.create_task(engine.load(handle(name))) for name in "abcd"]
+    await asyncio.sleep(0.02)
+    await engine.stop()
+    async with asyncio.timeout(5):
+        outcomes = await asyncio.gather(*loads, return_exceptions=True)
+        with pytest.raises(OverloadedError, match=r"^The engine is not running\. Start it first\.$"):
+            await engine.load(handle("e"))
+    assert [str(one) for one in outcomes[2:]] == [
+        f"Adapter '{name}@v1' cannot be loaded: The server is shutting down. Ask another server, or again later."
+        for name in "cd"
+    ]
+    assert sorted(runner.loads) == ["a", "b"]
+
+
+async def test_a_long_queue_of_adapters_is_loaded_piece_by_piece() -> None:
+    runner = FakeRunner(num_slots=2, num_blocks=128, step_s=0.001)
+    asked = [request(f"{idx}", f"adapter{idx}", max_tokens=12) for idx in range(24)]
+    most = 0
+    async with running(runner) as engine:
+        tasks = [asyncio.create_task(tokens_of(engine, one)) for one in asked]
+        while not all(task.done() for task in tasks):
+            most = max(most, len(engine.resident()))
+            await asyncio.sleep(0.001)
+        answers = [task.result() for task in tasks]
+    assert answers == [expected_answer(one) for one in asked]
+    assert most <= 2 + 2 + 1  # In slots, ready for the next ones, and one read while it moves between the two.
+
+
+async def test_a_step_is_refused_when_a_slot_was_written_since_it_was_planned() -> None:
+    class Meddled(FakeRunner):
+        """Writes a slot twice, so that one of the writes is in no plan."""
+
+        def write_slot(self, slot, adapter):
+            super().write_slot(slot, adapter)
+            return super().write_slot(slot, adapter)
+
+    asked = request("r", "a")
+    async with running(Meddled()) as engine:
+        events = await collect(engine, asked)
+        assert isinstance(events[-1], ErrorEvent)
+        assert str(events[-1].error).startswith("The step failed: ")
+        assert await tokens_of(engine, asked) == expected_answer(asked)  # Planned after the writes.
