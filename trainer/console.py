@@ -11,13 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from adapterhub.base import Base
+from adapterhub.recipes import Recipe
 from adapterhub.records import EvaluationRecord
 from trainer.data import DataReport
 from trainer.loop import TrainingResult
 from trainer.progress import StepReport, live_evaluation, live_training
 from trainer.run import RunView
 
-__all__ = ["ConsoleView", "evaluation_table", "print_report"]
+__all__ = ["ConsoleView", "print_evaluation", "print_report"]
 
 _SAMPLE_CHARS = 160  # Two lines of a terminal from each end of the prompt.
 
@@ -42,7 +43,25 @@ def print_report(console: Console, report: DataReport) -> None:
     console.print(f"[dim]   loss:[/] {escape(repr(report.sample_answer))}", highlight=False)
 
 
-def evaluation_table(record: EvaluationRecord, *, first: str = "base", second: str = "adapter") -> Table:
+def print_evaluation(
+    console: Console,
+    record: EvaluationRecord,
+    *,
+    max_new_tokens: int,
+    first: str = "base",
+    second: str = "adapter",
+) -> None:
+    """Print the table, and who was cut off by the limit: such answers score low for a reason of ours."""
+    console.print(_evaluation_table(record, first=first, second=second))
+    for name, count in ((first, record.num_base_unfinished), (second, record.num_adapter_unfinished)):
+        if count:
+            console.print(
+                f"{name} ran into the limit of {max_new_tokens} tokens on {count} of {record.num_rows} rows",
+                soft_wrap=True,
+            )
+
+
+def _evaluation_table(record: EvaluationRecord, *, first: str, second: str) -> Table:
     """One line: score of both and the paired difference with its interval."""
     table = Table(title=f"{record.metric} on {record.num_rows} held-out rows")
     for name in (first, second, "difference", f"{record.confidence:.0%} interval (paired t)"):
@@ -86,6 +105,6 @@ class ConsoleView(RunView):
             f"in {result.wall_time_s:.0f} s ({rate:.0f} tokens/s)"
         )
 
-    def evaluated(self, record: EvaluationRecord) -> None:
+    def evaluated(self, record: EvaluationRecord, recipe: Recipe) -> None:
         """Print the table."""
-        self._console.print(evaluation_table(record))
+        print_evaluation(self._console, record, max_new_tokens=recipe.generation.max_new_tokens)

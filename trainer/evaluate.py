@@ -8,25 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub.base import Base
+from adapterhub.base.prompts import stop_token_ids
 from adapterhub.errors import DataError, QualityGateError
 from adapterhub.recipes import Recipe
 from adapterhub.records import EvaluationRecord
+from trainer.data.files import written_whole
 from trainer.data.tokens import TokenRow, rows_digest
-from trainer.generate import generate_answers
+from trainer.generate import Answers, generate_answers
 from trainer.metrics import build_scorer, mcnemar_p_value, paired_difference
 
 __all__ = ["Comparison", "base_answers", "check_gate", "check_num_rows", "compare"]
 
 # From 20 rows on, Student's t is within 7 % of the normal quantile; below, a few lucky rows decide.
 _MIN_GATE_ROWS = 20
-_CACHE_FORMAT = 1  # Raise it when prompts or decoding change, so that old answers are not reused.
+_CACHE_FORMAT = 2  # Raise it when prompts or decoding change, so that old answers are not reused.
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,11 @@ class Comparison:
     second_scores: tuple[float, ...]
 
 
-def compare(first: Sequence[str], second: Sequence[str], rows: Sequence[TokenRow], *, recipe: Recipe) -> Comparison:
-    """Score two lists of answers to the same rows; `first` is the base or the older adapter."""
+def compare(first: Answers, second: Answers, rows: Sequence[TokenRow], *, recipe: Recipe) -> Comparison:
+    """Score two sets of answers to the same rows; `first` is the base or the older adapter."""
     score = build_scorer(recipe)
-    first_scores = tuple(score(answer, row.target) for answer, row in zip(first, rows, strict=True))
-    second_scores = tuple(score(answer, row.target) for answer, row in zip(second, rows, strict=True))
+    first_scores = tuple(score(answer, row.target) for answer, row in zip(first.texts, rows, strict=True))
+    second_scores = tuple(score(answer, row.target) for answer, row in zip(second.texts, rows, strict=True))
     difference = paired_difference(first_scores, second_scores, confidence=recipe.gate.confidence)
     record = EvaluationRecord(
         metric=recipe.metric,
@@ -56,10 +59,12 @@ def compare(first: Sequence[str], second: Sequence[str], rows: Sequence[TokenRow
         interval_high=difference.high,
         confidence=recipe.gate.confidence,
         p_value=None if recipe.metric == "rouge_l" else mcnemar_p_value(first_scores, second_scores),
+        num_base_unfinished=first.num_unfinished,
+        num_adapter_unfinished=second.num_unfinished,
         seed=recipe.split.seed,
         data_digest=rows_digest(rows),
     )
-    return Comparison(record, tuple(first), tuple(second), first_scores, second_scores)
+    return Comparison(record, first.texts, second.texts, first_scores, second_scores)
 
 
 def base_answers(
@@ -70,24 +75,32 @@ def base_answers(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     cache_folder: Path,
+    device: str,
+    keep_quantized: bool | None = None,
     on_rows: Callable[[int, int], None] | None = None,
-) -> list[str]:
+) -> Answers:
     """Return the base's answers, from disk when this base has already answered these rows with these settings.
 
     load: gives the base, or a PeftModel, whose adapter is switched off meanwhile; called only when needed.
+    device, keep_quantized: how `load` loads the base; they change the last bits of logits.
     """
     key = {
         "format": _CACHE_FORMAT,
         "base": base.digest,
         "prompts": [row.prompt_ids for row in rows],
         "generation": recipe.generation.model_dump(mode="json"),
+        "stops": sorted(stop_token_ids(tokenizer)),
+        "device": device,
+        "keep_quantized": keep_quantized,
+        "packages": {name: metadata.version(name) for name in ("bitsandbytes", "torch", "transformers")},
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_folder / f"{name}.json"
-    if path.is_file():
+    known = _find_answers(path, len(rows))
+    if known is not None:
         if on_rows is not None:
             on_rows(len(rows), len(rows))
-        return list(json.loads(path.read_text(encoding="utf-8")))
+        return known
     prompts = [row.prompt_ids for row in rows]
     model = load()
     options: dict[str, Any] = {"tokenizer": tokenizer, "generation": recipe.generation, "on_rows": on_rows}
@@ -96,11 +109,19 @@ def base_answers(
             answers = generate_answers(model, prompts, **options)
     else:
         answers = generate_answers(model, prompts, **options)
-    cache_folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
-    partial.rename(path)
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(asdict(answers), ensure_ascii=False), encoding="utf-8")
     return answers
+
+
+def _find_answers(path: Path, num_rows: int) -> Answers | None:
+    """Read answers from disk; a file that is missing, damaged or of another length counts as none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        answers = Answers(tuple(str(text) for text in content["texts"]), int(content["num_unfinished"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return answers if len(answers.texts) == num_rows else None
 
 
 def check_num_rows(num_rows: int, recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ Base and adapter go through the same function, so a difference between them is n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ from adapterhub.base.prompts import stop_token_ids
 from adapterhub.recipes import Generation
 from trainer.data.batches import pad_token
 
-__all__ = ["generate_answers"]
+__all__ = ["Answers", "generate_answers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One text per prompt. num_unfinished: how many ran into the limit of new tokens before any stop."""
+
+    texts: tuple[str, ...]
+    num_unfinished: int = 0
 
 
 def generate_answers(
@@ -26,11 +35,12 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     generation: Generation,
     on_rows: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Return the answer text of each prompt, in order. on_rows(done, total) is called after each batch."""
+) -> Answers:
+    """Return the answer to each prompt, in order. on_rows(done, total) is called after each batch."""
     stops = stop_token_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda idx: (-len(prompts[idx]), idx))
     answers = [""] * len(prompts)
+    num_unfinished = 0
     for start in range(0, len(order), generation.batch_size):
         part = order[start : start + generation.batch_size]
         tokens = _greedy_batch(
@@ -41,10 +51,13 @@ def generate_answers(
             pad_token_id=pad_token(tokenizer),
         )
         for idx, ids in zip(part, tokens, strict=True):
-            answers[idx] = _cut(str(tokenizer.decode(ids, skip_special_tokens=True)), generation.stop)
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+            answers[idx] = _cut(text, generation.stop)
+            has_stop = len(ids) < generation.max_new_tokens or any(stop in text for stop in generation.stop)
+            num_unfinished += not has_stop
         if on_rows is not None:
             on_rows(start + len(part), len(order))
-    return answers
+    return Answers(tuple(answers), num_unfinished)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

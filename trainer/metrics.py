@@ -59,17 +59,33 @@ def _rouge_l(answer: str, reference: str) -> float:
 
 
 def find_label(text: str, labels: Sequence[str]) -> str | None:
-    """Return the label that occurs first in text as a whole word, whatever its case; None when none does.
+    """Return the label that text answers with: the first one as a whole word, whatever its case; None without any.
 
-    Labels of one letter must match in case, or the article "a" would be an answer.
+    Labels of one letter must match in case, or the article "a" would be an answer. Among such, "answer is X" comes
+    before an X at the start ("X.", "X)", "X" alone), and that before any other X.
     """
+    if labels and all(len(label) == 1 for label in labels):
+        return _find_letter(text, labels)
     hits: list[tuple[int, int, str]] = []
     for label in labels:
-        flags = 0 if len(label) == 1 else re.IGNORECASE
-        match = re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, flags)
+        match = re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, 0 if len(label) == 1 else re.IGNORECASE)
         if match:
             hits.append((match.start(), -len(label), label))
     return min(hits)[2] if hits else None
+
+
+def _find_letter(text: str, labels: Sequence[str]) -> str | None:
+    # "A person ..." and "I think ..." start with English words, not with answers; "A is right" does.
+    letter = rf"(?P<label>{'|'.join(map(re.escape, labels))})(?!\w)(?!(?<=[AaI]) +(?!is\b)[a-z])"
+    for pattern in (
+        rf"(?i:\banswer(?: is|:)(?: option)?)[\s\"'(*]*{letter}",
+        rf"\A[\s\"'(*]*{letter}(?=[\"'*]*(?:[.):,]|\s*\Z))",
+        rf"(?<!\w){letter}",
+    ):
+        match = re.search(pattern, text)
+        if match:
+            return match["label"]
+    return None
 
 
 def find_number(text: str) -> float | None:

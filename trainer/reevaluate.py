@@ -16,7 +16,7 @@ from adapterhub.settings import Settings
 from adapterhub.store import Store, Version
 from trainer.data import TokenRow
 from trainer.evaluate import Comparison, base_answers, compare
-from trainer.generate import generate_answers
+from trainer.generate import Answers, generate_answers
 from trainer.notices import library_notices_ignored
 from trainer.run import base_cache, prepare_data
 
@@ -30,6 +30,7 @@ class Reevaluation:
     first: str
     second: str
     comparison: Comparison
+    max_new_tokens: int
     warnings: tuple[str, ...]
 
 
@@ -66,7 +67,7 @@ def reevaluate(
     def report(name: str) -> Callable[[int, int], None] | None:
         return None if on_rows is None else partial(on_rows, name)
 
-    def answers_of(each: Version) -> list[str]:
+    def answers_of(each: Version) -> Answers:
         model = _open(each, store, base)
         prompts = [row.prompt_ids for row in rows]
         return generate_answers(model, prompts, generation=recipe.generation, on_rows=report(each.label), **options)
@@ -78,6 +79,7 @@ def reevaluate(
             base=base,
             recipe=recipe,
             cache_folder=base_cache(settings),
+            device=_device(),
             on_rows=report("base"),
             **options,
         )
@@ -87,7 +89,9 @@ def reevaluate(
     if seed is not None:
         comparison = replace(comparison, record=comparison.record.model_copy(update={"seed": seed}))
     label = "base" if other is None else other.label
-    return Reevaluation(label, version.label, comparison, _warnings(recipe, other, store, settings))
+    return Reevaluation(
+        label, version.label, comparison, recipe.generation.max_new_tokens, _warnings(recipe, other, store, settings)
+    )
 
 
 def _recipe_of(version: Version, store: Store, settings: Settings) -> Recipe:
@@ -117,10 +121,14 @@ def _choose(rows: tuple[TokenRow, ...], num_rows: int | None, seed: int | None) 
     return rows[:wanted] if seed is None else tuple(random.Random(seed).sample(rows, wanted))
 
 
-def _load(base: Base) -> Any:
+def _device() -> str:
     import torch
 
-    return load_model(base, device="cuda" if torch.cuda.is_available() else "cpu")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load(base: Base) -> Any:
+    return load_model(base, device=_device())
 
 
 def _open(version: Version, store: Store, base: Base) -> Any:

@@ -59,7 +59,7 @@ class RunView:
     def trained(self, result: TrainingResult) -> None:
         """Training ended and every trainable tensor moved."""
 
-    def evaluated(self, record: EvaluationRecord) -> None:
+    def evaluated(self, record: EvaluationRecord, recipe: Recipe) -> None:
         """Base and adapter are measured; the gate has not decided yet."""
 
 
@@ -123,9 +123,10 @@ def run_recipe(
     view.trained(result)
     training = training_record(recipe, data, data.train, result)
     _write_json(folder / "run.json", {"base": base.record(), "training": training, "data": asdict(data.report)})
-    comparison = _measure(result.model, rows, recipe, base, tokenizer, settings, view)
+    asked = {"base": base, "tokenizer": tokenizer, "device": device, "keep_quantized": keep_quantized}
+    comparison = _measure(result.model, rows, recipe, asked=asked, settings=settings, view=view)
     _write_json(folder / "evaluation.json", {"record": comparison.record, "rows": _answer_rows(comparison, rows)})
-    view.evaluated(comparison.record)
+    view.evaluated(comparison.record, recipe)
     return RunOutcome(recipe, folder, adapter, training, comparison.record)
 
 
@@ -191,11 +192,12 @@ def _measure(
     model: Any,
     rows: tuple[TokenRow, ...],
     recipe: Recipe,
-    base: Base,
-    tokenizer: PreTrainedTokenizerBase,
+    *,
+    asked: dict[str, Any],
     settings: Settings,
     view: RunView,
 ) -> Comparison:
+    """asked: how the base is asked, see `base_answers`."""
     with view.evaluating() as on_rows:
 
         def report(name: str) -> Callable[[int, int], None] | None:
@@ -204,16 +206,15 @@ def _measure(
         first = base_answers(
             lambda: model,
             rows,
-            base=base,
             recipe=recipe,
-            tokenizer=tokenizer,
             cache_folder=base_cache(settings),
             on_rows=report("base"),
+            **asked,
         )
         second = generate_answers(
             model,
             [row.prompt_ids for row in rows],
-            tokenizer=tokenizer,
+            tokenizer=asked["tokenizer"],
             generation=recipe.generation,
             on_rows=report("adapter"),
         )

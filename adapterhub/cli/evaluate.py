@@ -39,7 +39,7 @@ def evaluate(
         store.get_version(ref)  # A wrong name is told before the seconds that the imports take.
         stderr = Console(stderr=True)
         quiet_libraries()
-        from trainer.console import evaluation_table
+        from trainer.console import print_evaluation
         from trainer.progress import live_evaluation
         from trainer.reevaluate import reevaluate
 
@@ -62,4 +62,6 @@ def evaluate(
     if json_:
         typer.echo(json.dumps({"adapter": result.second, "against": result.first, **record.model_dump(mode="json")}))
     else:
-        Console().print(evaluation_table(record, first=result.first, second=result.second))
+        print_evaluation(
+            Console(), record, max_new_tokens=result.max_new_tokens, first=result.first, second=result.second
+        )

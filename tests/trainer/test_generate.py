@@ -27,7 +27,7 @@ def test_batched_answers_equal_those_of_transformers_one_prompt_at_a_time(tmp_pa
         on_rows=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(4, 11), (8, 11), (11, 11)]
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, answers.texts, strict=True):
         ids: Any = model.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, attention_mask=torch.ones(1, len(prompt))
         )
@@ -38,19 +38,24 @@ def test_rows_that_stop_leave_the_batch_and_the_others_go_on(tmp_path: Path) -> 
     base = build_base(tmp_path / "base")
     tokenizer, model = load_tokenizer(base), load_model(base)
     prompts = [row.prompt_ids for row in echo_rows(tokenizer, num_rows=8)]
-    free = generate_answers(model, prompts, tokenizer=tokenizer, generation=Generation(max_new_tokens=12))
-    letter = next(char for char in "".join(free) if char.isascii() and char.isalpha())
+    options: dict[str, Any] = {"tokenizer": tokenizer, "generation": Generation(max_new_tokens=12)}
+    free = generate_answers(model, prompts, **options)
+    letter = next(char for char in "".join(free.texts) if char.isascii() and char.isalpha())
     tokenizer.eos_token = letter  # Some rows now stop early, at different steps.
-    stopped = generate_answers(model, prompts, tokenizer=tokenizer, generation=Generation(max_new_tokens=12))
-    assert [answer.partition(letter)[0].strip() for answer in free] == stopped
-    assert free != stopped
+    stopped = generate_answers(model, prompts, **options)
+    assert tuple(answer.partition(letter)[0].strip() for answer in free.texts) == stopped.texts
+    assert free.texts != stopped.texts
+    assert free.num_unfinished == 8
+    assert stopped.num_unfinished == sum(letter not in answer for answer in free.texts) < 8
 
 
-def test_a_stop_text_cuts_the_answer(tmp_path: Path) -> None:
+def test_a_stop_text_cuts_the_answer_and_finishes_it(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     tokenizer, model = load_tokenizer(base), load_model(base)
     (row,) = echo_rows(tokenizer, num_rows=1)
-    (free,) = generate_answers(model, [row.prompt_ids], tokenizer=tokenizer, generation=Generation(max_new_tokens=12))
-    options = Generation(max_new_tokens=12, stop=(free[3:5],))
-    (cut,) = generate_answers(model, [row.prompt_ids], tokenizer=tokenizer, generation=options)
-    assert cut == free[: free.index(free[3:5])].strip()
+    options: dict[str, Any] = {"tokenizer": tokenizer}
+    free = generate_answers(model, [row.prompt_ids], generation=Generation(max_new_tokens=12), **options)
+    stop = free.texts[0][3:5]
+    cut = generate_answers(model, [row.prompt_ids], generation=Generation(max_new_tokens=12, stop=(stop,)), **options)
+    assert cut.texts == (free.texts[0][: free.texts[0].index(stop)].strip(),)
+    assert (free.num_unfinished, cut.num_unfinished) == (1, 0)

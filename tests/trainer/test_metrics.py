@@ -11,6 +11,7 @@ from adapterhub.recipes import DataSource, Gate, Recipe
 from adapterhub.records import EvaluationRecord
 from trainer.data.tokens import TokenRow
 from trainer.evaluate import check_gate, compare
+from trainer.generate import Answers
 from trainer.metrics import build_scorer, find_label, find_number, mcnemar_p_value, paired_difference
 
 
@@ -52,6 +53,18 @@ def test_rouge_l_equals_the_value_counted_by_hand(answer: str, reference: str, e
         ("a bank: B", ("A", "B"), "B"),
         ("A. bank", ("A", "B"), "A"),
         ("", ("yes", "no"), None),
+        ("A person would go to C", ("A", "B", "C"), "C"),
+        ("A person would go there", ("A", "B", "C"), None),
+        ("I think B", ("B", "I"), "B"),
+        ("A", ("A", "B"), "A"),
+        ("(B)", ("A", "B"), "B"),
+        ("**B** is right, not A", ("A", "B"), "B"),
+        ("A is right", ("A", "B"), "A"),
+        ("Between A and B, the answer is B.", ("A", "B"), "B"),
+        ("Not A. The Answer: (C)", ("A", "B", "C"), "C"),
+        ("B) bank, because A is wet", ("A", "B"), "B"),
+        ("C\nA bank is dry", ("A", "B", "C"), "C"),
+        ("ABBA", ("A", "B"), None),
         ("new york city", ("new york", "new york city"), "new york city"),
     ],
 )
@@ -112,9 +125,9 @@ def test_an_interval_needs_two_rows_and_equal_lengths() -> None:
 
 def test_compare_scores_both_sides_on_the_same_rows() -> None:
     rows = [TokenRow(i, (), target, None, (1,), (2,)) for i, target in enumerate(("yes", "no", "no", "yes"))]
-    result = compare(
-        ["yes", "yes", "", "no"], ["yes", "no", "no", "no"], rows, recipe=recipe("accuracy", ("yes", "no"))
-    )
+    first, second = Answers(("yes", "yes", "", "no"), 1), Answers(("yes", "no", "no", "no"), 2)
+    result = compare(first, second, rows, recipe=recipe("accuracy", ("yes", "no")))
+    assert (result.record.num_base_unfinished, result.record.num_adapter_unfinished) == (1, 2)
     assert (result.record.base_score, result.record.adapter_score, result.record.difference) == (0.25, 0.75, 0.5)
     assert result.second_scores == (1.0, 1.0, 1.0, 0.0)
 
@@ -169,12 +182,13 @@ def test_the_exact_test_of_right_and_wrong_answers_equals_the_binomial_sum() -> 
 
 def test_the_gate_wants_the_exact_test_where_few_right_answers_make_the_interval_too_narrow() -> None:
     rows = [TokenRow(i, (), "yes", None, (1,), (2,)) for i in range(96)]
-    few = ["no"] * 5 + ["yes"] * 91  # The t interval of 5 wins and no loss lies above 0; a fair coin does it in 6 %.
+    few = ("no",) * 5 + ("yes",) * 91  # The t interval of 5 wins and no loss lies above 0; a fair coin does it in 6 %.
     labelled = recipe("accuracy", ("yes", "no"))
-    result = compare(few, ["yes"] * 96, rows, recipe=labelled).record
+    result = compare(Answers(few), Answers(("yes",) * 96), rows, recipe=labelled).record
     assert result.interval_low > 0
     with pytest.raises(QualityGateError, match=r"above \+0\.0000, and McNemar's p of 0\.0625 below 0\.0500\. The"):
         check_gate(result, labelled, kept_in=Path("/kept"))
     lenient = labelled.model_copy(update={"gate": Gate(min_gain=-0.01)})
     check_gate(result, lenient, kept_in=Path("/kept"))
-    check_gate(compare(["no"] * 6 + few[6:], ["yes"] * 96, rows, recipe=labelled).record, labelled, kept_in=Path("/"))
+    more = compare(Answers(("no", *few[:-1])), Answers(("yes",) * 96), rows, recipe=labelled).record
+    check_gate(more, labelled, kept_in=Path("/kept"))

@@ -14,6 +14,7 @@ from adapterhub.digests import file_sha256
 from adapterhub.errors import DataError
 from adapterhub.recipes import DataSource, Recipe
 from adapterhub.settings import Settings
+from trainer.data.files import written_whole
 from trainer.data.rows import ParsedRows, read_examples
 from trainer.data.split import deduplicate, split_rows
 from trainer.data.tokens import TokenRow, answer_stop_token, encode, masked_sample
@@ -68,7 +69,6 @@ def _hub_file(source: DataSource, settings: Settings) -> Path:
     name = "--".join([str(source.hub).replace("/", "--"), source.config or "default", source.split])
     path = settings.assets_dir / "hub" / f"{name}.jsonl"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             rows = load_dataset(str(source.hub), source.config, split=source.split)
         except Exception as exc:  # The library raises many kinds: missing, gated, offline, malformed.
@@ -76,9 +76,8 @@ def _hub_file(source: DataSource, settings: Settings) -> Path:
                 f"Data set {source.hub!r} (split {source.split!r}) could not be loaded: {exc}.",
                 "Check the id, the split and the network, or give a local file with `--data FILE`.",
             ) from exc
-        partial = path.with_suffix(".partial")
-        rows.to_json(partial, force_ascii=False)
-        partial.rename(path)
+        with written_whole(path) as scratch:
+            rows.to_json(scratch, force_ascii=False)
     return path
 
 
