@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from adapterhub.records import Method
 
-__all__ = ["MAX_RANK", "AdapterConfig"]
+__all__ = ["MAX_RANK", "AdapterConfig", "key_expression", "layer_expression"]
 
 # VeRA is published with ranks up to 1024 (https://arxiv.org/abs/2310.11454); twice that leaves room.
 MAX_RANK = 2048
@@ -70,9 +70,9 @@ class AdapterConfig:
     def _is_in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        patterns = [re.compile(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in self.layers_pattern] or [_LAYER_IDX]
-        found = next((match for pattern in patterns if (match := pattern.match(module))), None)
-        return found is not None and int(found["idx"]) in self.layers_to_transform
+        patterns = [re.compile(layer_expression(name)) for name in self.layers_pattern] or [_LAYER_IDX]
+        found = next((match["idx"] for pattern in patterns if (match := pattern.match(module))), None)
+        return found is not None and int(found) in self.layers_to_transform
 
     def rank_of(self, module: str) -> int:
         """Rank of the update of `module`; 0 for IA3, which has none, and for what AdaLoRA pruned away."""
@@ -163,6 +163,16 @@ class AdapterConfig:
         }
 
 
+def key_expression(pattern: str) -> str:
+    """The regular expression that a key of `rank_pattern` or `alpha_pattern` stands for."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def layer_expression(pattern: str) -> str:
+    """The regular expression that an entry of `layers_pattern` stands for; its group `idx` is the layer."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
 def _plain(names: tuple[str, ...] | str) -> list[str] | str:
     return names if isinstance(names, str) else sorted(names)
 
@@ -175,6 +185,6 @@ def _is_named(names: Iterable[str] | str, module: str) -> bool:
 
 def _first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(key_expression(pattern), module):
             return value
     return default

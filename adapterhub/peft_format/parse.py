@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NoReturn, TypedDict
 
 from adapterhub.errors import AdapterConfigError, suggest
-from adapterhub.peft_format.config import MAX_RANK, AdapterConfig
+from adapterhub.peft_format.config import MAX_RANK, AdapterConfig, key_expression, layer_expression
 from adapterhub.records import Method
 
 __all__ = ["parse_adapter_config"]
@@ -60,11 +60,17 @@ _TASK_TYPES = (None, "CAUSAL_LM")
 # The others (pissa, olora, corda, loftq, lora_ga, mica) derive the start from the base and mostly subtract it there, so
 # the trained tensors belong to a base that is not ours.
 _INDEPENDENT_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-# A name has at most this many characters, so a pattern with this many unbounded parts is tried in a blink.
-_MAX_QUANTIFIERS = 6
+# Matching tries at most the product of the alternatives of each group, and each repetition adds about the places of a
+# name where it can stop; a million of these take well under a second.
+_MAX_WAYS = 1_000_000
+_WAYS_PER_REPETITION = 10
+_MAX_PATTERNS = 512  # One for each linear of a 70B model; more would not fit the cache of `re`.
 _MAX_PATTERN_CHARS = 4000
-_QUANTIFIER = re.compile(r"(?<![(\\])(?:[*+?]|\{\d*,?\d*\})[?+]?")
-_REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[*+]|\{)")
+_ESCAPE = re.compile(r"\\.", re.DOTALL)
+_CHARACTER_CLASS = re.compile(r"\[\^?\]?[^\]]*\]")
+_SPECIAL_GROUP = re.compile(r"\(\?(?!:)")
+_QUANTIFIER = re.compile(r"(?<!\()(?:[*+?]|\{\d*,?\d*\})[?+]?")
+_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 
 
 def _refuse(key: str, value: object, allowed: str, hint: str) -> NoReturn:
@@ -189,11 +195,13 @@ def _selection(raw: Mapping[str, object]) -> _Selection:
             "nothing beside a `target_modules` pattern",
             "Put the layers into the pattern.",
         )
+    layers_pattern = tuple(_pattern("layers_pattern", name, layer_expression) for name in pattern)
+    _check_together("layers_pattern", layers_pattern)
     return {
         "target_modules": targets,
         "exclude_modules": _names(raw, "exclude_modules"),
         "layers_to_transform": tuple(sorted(set(layers))),
-        "layers_pattern": tuple(_pattern("layers_pattern", name) for name in pattern),
+        "layers_pattern": layers_pattern,
     }
 
 
@@ -206,18 +214,52 @@ def _names(raw: Mapping[str, object], key: str) -> tuple[str, ...] | str:
     return tuple(sorted(set(value)))
 
 
-def _pattern(key: str, value: object) -> str:
-    """Check a regular expression: it compiles, and no module name can make it run for long."""
+def _bare(pattern: str) -> str:
+    """The pattern with a letter for each escape and each character class: what is left of its signs has a meaning."""
+    return _CHARACTER_CLASS.sub("a", _ESCAPE.sub("a", pattern))
+
+
+def _num_ways(pattern: str) -> int:
+    """Upper estimate of the ways in which a checked pattern can match one name."""
+    bare = _bare(pattern)
+    ways, alternatives = _WAYS_PER_REPETITION ** len(_QUANTIFIER.findall(bare)), [1]
+    for char in bare:
+        if char == "(":
+            alternatives.append(1)
+        elif char == "|":
+            alternatives[-1] += 1
+        elif char == ")":
+            ways *= alternatives.pop()
+    return ways
+
+
+def _pattern(key: str, value: object, expression: Callable[[str], str] = str) -> str:
+    """Check a regular expression: it compiles, also inside `expression`, and no module name makes it run for long."""
     if not isinstance(value, str) or len(value) > _MAX_PATTERN_CHARS:
         _refuse(key, value, f"a text of at most {_MAX_PATTERN_CHARS} characters", "List module names instead.")
+    if _SPECIAL_GROUP.search(_bare(value)):
+        _refuse(key, value, "plain groups, (...) or (?:...)", "Write it without flags and look-around, or list names.")
     try:
         re.compile(value)
-    except re.error as exc:
+        re.compile(expression(value))
+    except (re.error, OverflowError, RecursionError) as exc:
         _refuse(key, value, "a regular expression", f"It does not compile: {exc}.")
-    if _REPEATED_GROUP.search(value) or len(_QUANTIFIER.findall(value)) > _MAX_QUANTIFIERS:
-        allowed = f"at most {_MAX_QUANTIFIERS} repetitions and no repeated group"
-        _refuse(key, value, allowed, "Such a pattern can run for hours; list module names instead.")
+    if _REPEATED_GROUP.search(_bare(value)) or _num_ways(value) > _MAX_WAYS:
+        allowed = f"no repeated group and at most {_MAX_WAYS:,} ways to match, a repetition counting as "
+        hint = "Such a pattern can run for hours; list module names instead."
+        _refuse(key, value, f"{allowed}{_WAYS_PER_REPETITION}", hint)
     return value
+
+
+def _check_together(key: str, patterns: Collection[str]) -> None:
+    """Refuse patterns that are quick one by one but too many."""
+    num_patterns = len(patterns)
+    if num_patterns > _MAX_PATTERNS or sum(map(_num_ways, patterns)) > _MAX_WAYS:
+        raise AdapterConfigError(
+            f"adapter_config.json sets {key!r} to {num_patterns} patterns; allowed: at most {_MAX_PATTERNS}, "
+            f"with {_MAX_WAYS:,} ways to match together, a repetition counting as {_WAYS_PER_REPETITION}.",
+            "Write fewer patterns, or plain module names.",
+        )
 
 
 def _mapping(raw: Mapping[str, object], key: str) -> dict[str, object]:
@@ -228,7 +270,9 @@ def _mapping(raw: Mapping[str, object], key: str) -> dict[str, object]:
 
 
 def _patterns(raw: Mapping[str, object], key: str) -> dict[str, object]:
-    return {_pattern(key, pattern): value for pattern, value in _mapping(raw, key).items()}
+    result = {_pattern(key, pattern, key_expression): value for pattern, value in _mapping(raw, key).items()}
+    _check_together(key, result)
+    return result
 
 
 def _integer(raw: Mapping[str, object], key: str, default: int, *, low: int, high: int) -> int:

@@ -104,8 +104,20 @@ def test_a_feature_that_is_not_served_is_refused_by_name(key: str, value: object
         ({"target_modules": []}, "'target_modules' to []"),
         ({"target_modules": [1]}, "'target_modules' to [1]; allowed: a list of names or one regular expression."),
         ({"target_modules": "(q"}, "'target_modules' to '(q'; allowed: a regular expression."),
-        ({"target_modules": "(a+)+b"}, "allowed: at most 6 repetitions and no repeated group."),
-        ({"target_modules": "a?" * 30 + "a"}, "allowed: at most 6 repetitions and no repeated group."),
+        ({"target_modules": "(a+)+b"}, "allowed: no repeated group and at most 1,000,000 ways to match"),
+        ({"target_modules": "a?" * 30 + "a"}, "ways to match, a repetition counting as 10."),
+        ({"target_modules": "(?:.|.)" * 40 + "!"}, "ways to match, a repetition counting as 10."),
+        ({"target_modules": r"([a-z_.0-9]+|\\)+!"}, "allowed: no repeated group"),
+        ({"target_modules": "(?x)([a-z_.0-9]+) +!"}, "allowed: plain groups, (...) or (?:...)."),
+        ({"target_modules": r"\\(?x:([a-z_.0-9]+) +!)"}, "allowed: plain groups, (...) or (?:...)."),
+        ({"rank_pattern": {"(?i)q_proj": 4}}, "'rank_pattern' to '(?i)q_proj'; allowed: plain groups"),
+        ({"alpha_pattern": {"(?=q)q_proj": 4}}, "'alpha_pattern' to '(?=q)q_proj'; allowed: plain groups"),
+        ({"layers_pattern": ["(?P<idx>h)"]}, "'layers_pattern' to '(?P<idx>h)'; allowed: plain groups"),
+        ({"target_modules": "a{99999999999}"}, "'a{99999999999}'; allowed: a regular expression."),
+        ({"target_modules": "(" * 1900 + ")" * 1900}, "allowed: a regular expression."),
+        ({"rank_pattern": {f"m{idx}": 4 for idx in range(513)}}, "'rank_pattern' to 513 patterns; allowed: at most 512,"),
+        ({"rank_pattern": {f".*.*.*.*.*.{idx}": 4 for idx in range(11)}}, "'rank_pattern' to 11 patterns; allowed: "),
+        ({"layers_pattern": ["h"] * 513}, "'layers_pattern' to 513 patterns; allowed: at most 512,"),
         ({"target_modules": "x" * 4001}, "allowed: a text of at most 4000 characters."),
         ({"rank_pattern": {"(a*)*": 4}}, "'rank_pattern' to '(a*)*'"),
         ({"rank_pattern": {"q_proj": 0}}, "'q_proj' to 0; allowed: an integer from 1 to 2048."),
@@ -125,6 +137,17 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(changes: dict[str,
         _config(**changes)
     assert message in caught.value.what
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("pattern", [r".*\.(?:0|1)\.(self_attn|mlp)\.[qkv(?]_proj", r"model\.layers\.\d+\..*q_proj.*"])
+def test_a_pattern_that_ends_soon_is_kept(pattern: str) -> None:
+    config = _config(target_modules=pattern, rank_pattern={pattern: 3}, alpha_pattern={pattern: 6})
+    assert (config.is_target(NAMES[0]), config.rank_of(NAMES[0]), config.scale_of(NAMES[0])) == (True, 3, 2.0)
+
+
+def test_a_layers_pattern_with_a_choice_selects_only_what_has_a_layer_number() -> None:
+    config = _config(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=["model|layers"])
+    assert not config.is_target("model.norm.q_proj")
 
 
 def test_a_long_value_is_shortened_in_the_message() -> None:
