@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import math
 import socket
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from server.http.service import Service
 
 __all__ = ["bind", "run", "url_of"]
 
+# Clients that do not read or write get this much longer than answers, whose error events must still reach the others.
+_LAST_WORDS_S = 2
 _BACKLOG = 2048  # Clients that connect while the model loads wait in this queue of the kernel.
 
 
@@ -79,7 +82,13 @@ async def run(
     try:
         for handle in preload:
             await service.engine.load(handle)
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=math.ceil(drain_s) + _LAST_WORDS_S,
+        )
         await _Server(config, service, drain_s=drain_s, on_ready=on_ready).serve(sockets=[listener])
     finally:
         await service.engine.stop()

@@ -104,6 +104,22 @@ async def test_an_answer_that_takes_too_long_at_shutdown_ends_with_an_error(lab)
     assert error["code"] == "overloaded"
 
 
+async def test_a_client_that_never_ends_its_body_does_not_hold_up_shutdown(lab) -> None:
+    app = create_app(lab.engine(), lab.store, lab.base, lab.tokenizer)
+    is_ready = asyncio.Event()
+    with bind("127.0.0.1", 0) as listener:
+        serving = asyncio.create_task(run(app, listener, preload=[], drain_s=0.1, on_ready=is_ready.set))
+        await is_ready.wait()
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"prompt"')
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(6):
+            await serving
+        writer.close()
+
+
 async def test_a_preload_that_fails_stops_the_start(lab) -> None:
     handle = AdapterHandle("d", Path("view"), "summarize@v1")
     app = create_app(lab.engine(broken=["d"]), lab.store, lab.base, lab.tokenizer)
