@@ -168,7 +168,7 @@ class Scheduler:
                 self._start(sequence)
                 chosen[sequence] = min(budget, sequence.num_left)
                 budget -= chosen[sequence]
-            elif sequence.digest in loaded:
+            elif sequence.digest is not None and sequence.digest in loaded:
                 is_slot_awaited = True  # Not for one that must be loaded first: that takes a moment; others may run.
 
     def _continue_running(self) -> dict[Sequence, int]:

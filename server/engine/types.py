@@ -31,14 +31,14 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class SamplingParams:
     """How the answer is drawn.
 
-    temperature: 0 means greedy. seed: None draws a fresh one. stop: strings that end the answer and are not part of it.
-    logprobs: None for none, otherwise the number of alternatives reported beside each chosen token.
+    temperature: 0 means greedy. seed: any text; None draws a fresh one. stop: strings that end the answer and are not
+    part of it. logprobs: None for none, otherwise the number of alternatives reported beside each chosen token.
     """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int | None = None
+    seed: str | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
 

@@ -110,7 +110,7 @@ def build_job(
             request_id=f"{request_id}-{prompt_idx}-{choice_idx}",
             prompt_token_ids=tuple(prompt),
             adapter=choice.handle,
-            sampling=body.sampling(max_tokens, choice_idx),
+            sampling=body.sampling(max_tokens, prompt_idx=prompt_idx, choice_idx=choice_idx),
         )
         for prompt_idx, (prompt, max_tokens) in enumerate(zip(prompts, lengths, strict=True))
         for choice_idx in range(body.num_choices)
@@ -207,6 +207,7 @@ async def _chunks(
     """
     answers = [Answer() for _ in job.requests]
     opened: set[int] = set()
+    is_sent = False
     try:
         async with aclosing(_record(service, job, answers)) as events:
             async for idx, event in events:
@@ -215,6 +216,7 @@ async def _chunks(
                     chunk = form.opening(envelope, idx)
                     opened.add(idx)
                 if chunk is not None:
+                    is_sent = True
                     yield sse(chunk)
                 chunk = (
                     form.piece(envelope, idx, event)
@@ -222,9 +224,10 @@ async def _chunks(
                     else form.closing(envelope, idx, answers[idx].finish)
                 )
                 if chunk is not None:
+                    is_sent = True
                     yield sse(chunk)
     except AdapterHubError as error:
-        if not opened:
+        if not is_sent:
             raise
         yield sse(error_body(error))
         return

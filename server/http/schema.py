@@ -190,13 +190,13 @@ class GenerationBody(_Body):
         """Alternatives reported per token; None for no log probabilities."""
         return None
 
-    def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
-        """How answer number `choice` is drawn. With a seed every answer has its own, the first one the seed itself."""
+    def sampling(self, max_tokens: int, *, prompt_idx: int, choice_idx: int) -> SamplingParams:
+        """How one answer is drawn. With a seed every answer has its own, which no other seed gives to any answer."""
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
-            seed=None if self.seed is None else self.seed + choice,
+            seed=None if self.seed is None else f"{self.seed}:{prompt_idx}:{choice_idx}",
             stop=self.stop_strings,
             logprobs=self.num_logprobs,
         )

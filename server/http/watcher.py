@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 
-from adapterhub.errors import AdapterHubError
+from adapterhub.errors import AdapterHubError, BaseMismatchError, NotFoundError
 from server.engine.types import Engine
 from server.http.adapters import AdapterNames
 
@@ -35,7 +34,7 @@ class AliasWatcher:
             try:
                 await self._poll()
             except AdapterHubError as error:
-                _log.warning("preload failed: %s", error)
+                _log.warning("the alias log cannot be read; trying again: %s", error)
             except Exception:  # The watch must outlive a locked or missing database file.
                 _log.exception("the alias log cannot be read; trying again")
             await asyncio.sleep(_POLL_S)
@@ -56,8 +55,14 @@ class AliasWatcher:
         return {(one.task, one.name): one.serving_digest for one in self._adapters.store.aliases()}
 
     async def _preload(self, task: str, name: str) -> None:
-        with suppress(AdapterHubError):  # For another base, or removed meanwhile: not ours to load.
-            choice = await asyncio.to_thread(self._adapters.resolve, f"{task}@{name}")
+        label = f"{task}@{name}"
+        try:
+            choice = await asyncio.to_thread(self._adapters.resolve, label)
             if choice.handle is not None:
-                _log.info("%s@%s is now %s; loading it", task, name, choice.label)
+                _log.info("%s is now %s; loading it", label, choice.label)
                 await self._engine.load(choice.handle)
+        except (BaseMismatchError, NotFoundError):
+            return  # For another base, or removed meanwhile: not ours to load.
+        except Exception as error:  # The other aliases must still be loaded.
+            is_ours = isinstance(error, AdapterHubError)
+            _log.warning("%r points to an adapter that cannot be loaded ahead: %s", label, error, exc_info=not is_ours)

@@ -58,6 +58,14 @@ def test_a_failure_before_the_first_token_has_its_own_status_even_for_a_stream(l
         assert client.post(CHAT, json=BODY | {"adapter": "boolq"}).status_code == 200
 
 
+def test_a_failure_before_anything_was_sent_has_its_own_status_even_after_a_silent_token(lab, serve) -> None:
+    with serve(lab.engine(fail_after=1)) as client:
+        body = {"prompt": "x", "stream": True, "stop": ["[x"]}  # The first token, "[", is held back.
+        response = client.post("/v1/completions", json=body)
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "The engine broke after 1 tokens. Send it again."
+
+
 def test_a_failure_midway_of_a_whole_answer_is_an_error_and_no_answer(lab, serve) -> None:
     engine = lab.engine(fail_after=3)
     with serve(engine) as client:
@@ -184,3 +192,23 @@ def test_a_moved_alias_is_used_by_the_next_request_and_loaded_ahead(lab, serve) 
             "summarize@v2"
         )
         _wait_for(lambda: target in engine.resident(), timeout_s=1)
+
+
+def test_an_alias_moved_to_an_adapter_that_cannot_be_loaded_is_logged_and_holds_up_no_other(
+    lab, serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = lab.store.get_version("summarize@v2").serving_digest
+    fine = lab.store.get_version("boolq").serving_digest
+    engine = lab.engine(broken=[broken])
+    with serve(engine) as client, caplog.at_level(logging.WARNING):
+        _wait_for(lambda: client.get("/health/ready").status_code == 200)
+        time.sleep(0.3)  # The watcher has seen where the aliases stand.
+        for task, version in (("summarize", "v2"), ("boolq", "v1"), ("foreign", "v1")):
+            lab.store.set_alias(task, "watched", version, expected_generation=None, actor="test", reason="test")
+        _wait_for(lambda: fine in engine.resident(), timeout_s=1)
+        _wait_for(lambda: "summarize@watched" in caplog.text, timeout_s=1)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "server.http.watcher"]
+    assert warning == (
+        "'summarize@watched' points to an adapter that cannot be loaded ahead: "
+        "Adapter 'summarize@v2' cannot be loaded: it is broken. Publish it again."
+    )

@@ -209,7 +209,7 @@ async def test_a_seed_repeats_an_answer_in_any_company() -> None:
     async def answer(company: int) -> list[int]:
         async with running(FakeRunner()) as engine:
             others = [request(f"o{idx}", temperature=2.0) for idx in range(company)]
-            asked = request("r", "a", temperature=2.0, seed=5, max_tokens=12)
+            asked = request("r", "a", temperature=2.0, seed="5", max_tokens=12)
             answers = await asyncio.gather(*(tokens_of(engine, one) for one in [*others, asked]))
             return answers[-1]
 

@@ -21,7 +21,7 @@ def _draw(**options) -> Draw:
 
 
 def _frequencies(logits: torch.Tensor, **options) -> torch.Tensor:
-    draw = _draw(seed=0, **options)
+    draw = _draw(seed="0", **options)
     tokens = [draw_tokens(logits[None], [draw])[0] for _ in range(NUM_DRAWS)]
     return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / NUM_DRAWS
 
@@ -52,7 +52,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
 
 def test_top_p_is_exact_when_very_many_tokens_share_the_mass() -> None:
     logits = torch.zeros(5000)
-    draw = _draw(seed=0, temperature=1.0, top_p=0.9)
+    draw = _draw(seed="0", temperature=1.0, top_p=0.9)
     tokens = {draw_tokens(logits[None], [draw])[0] for _ in range(3000)}
     assert len(tokens) > 2000
 
