@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adapterhub.cli.tables import print_table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -60,15 +62,13 @@ def list_(task: Annotated[str | None, typer.Argument(help="Only this task.")] = 
     if json_:
         typer.echo(json.dumps([_version_json(version, aliases) for version in versions]))
         return
-    from rich.console import Console
-    from rich.table import Table
-
     if not versions:
+        from rich.console import Console
+
         Console(stderr=True).print("Nothing is published yet: `hub train --task T` or `hub adapters import FOLDER`.")
         return
-    table = Table("adapter", "method", "aliases", "serving digest", "base digest", "published (UTC)")
-    for version in versions:
-        table.add_row(
+    rows = [
+        (
             version.label,
             str(version.method),
             ", ".join(_alias_names(version, aliases)),
@@ -76,7 +76,10 @@ def list_(task: Annotated[str | None, typer.Argument(help="Only this task.")] = 
             version.base_digest[:_SHORT_DIGEST_CHARS],
             f"{version.created_at:%Y-%m-%d %H:%M}",
         )
-    Console().print(table)
+        for version in versions
+    ]
+    columns = ("adapter", "method", "aliases", "serving digest", "base digest", "published (UTC)")
+    print_table(columns, rows, folding=("aliases",))
 
 
 @adapters_app.command()
@@ -156,6 +159,9 @@ def import_(
     task: Annotated[str, typer.Option(help="Task to publish it under.")],
     base: Annotated[str | None, typer.Option(help="Base it was trained on; the configured base by default.")] = None,
     quantization: Annotated[str | None, typer.Option(help="How that base was quantized: nf4, int8 or none.")] = None,
+    trust_base: Annotated[
+        bool, typer.Option("--trust-base", help="It fits although adapter_config.json names another base.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Check a PEFT folder of any of the five methods and publish it as a new version."""
@@ -167,7 +173,7 @@ def import_(
 
     settings = load_settings(quantization=quantization)
     with Store.open(settings.store_dir) as store:
-        version = store.publish(folder, task=task, base=find_base(base, settings))
+        version = store.publish(folder, task=task, base=find_base(base, settings), trust_base=trust_base)
         aliases = store.aliases(task)
     typer.echo(json.dumps(_version_json(version, aliases)) if json_ else version.label)
     names = ", ".join(_alias_names(version, aliases))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adapterhub.cli.tables import print_table
+
 if TYPE_CHECKING:
     from adapterhub.store import Alias
 
@@ -41,16 +43,18 @@ def list_(task: Annotated[str | None, typer.Argument(help="Only this task.")] = 
     if json_:
         typer.echo(json.dumps([_alias_json(alias) for alias in aliases]))
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("alias", "version", "generation", "moved (UTC)", "by", "reason")
-    for alias in aliases:
-        moved = f"{alias.updated_at:%Y-%m-%d %H:%M}"
-        who, why = escape(alias.updated_by), escape(alias.reason)
-        table.add_row(alias.label, alias.version_label, str(alias.generation), moved, who, why)
-    Console().print(table)
+    rows = [
+        (
+            one.label,
+            one.version_label,
+            str(one.generation),
+            f"{one.updated_at:%Y-%m-%d %H:%M}",
+            one.updated_by,
+            one.reason,
+        )
+        for one in aliases
+    ]
+    print_table(("alias", "version", "generation", "moved (UTC)", "by", "reason"), rows, folding=("by", "reason"))
 
 
 @alias_app.command("set")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from adapterhub.cli.tables import print_table
+
 __all__ = ["register"]
 
 audit_app = typer.Typer(help="Who moved which alias when; a log chained by hash.", no_args_is_help=True)
@@ -31,24 +33,21 @@ def log(task: Annotated[str | None, typer.Argument(help="Only this task.")] = No
     if json_:
         typer.echo(json.dumps([dataclasses.asdict(entry) for entry in entries]))
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("row", "when (UTC)", "alias", "move", "digest", "by", "reason", "hash")
-    for entry in entries:
-        start = "new" if entry.previous_number is None else f"v{entry.previous_number}"
-        table.add_row(
+    rows = [
+        (
             str(entry.id),
             entry.at[:19].replace("T", " "),
             f"{entry.task}@{entry.alias}",
-            f"{start} -> v{entry.number}",
-            entry.serving_digest[:12],
-            escape(entry.actor),
-            escape(entry.reason),
-            entry.hash[:12],
+            f"{'new' if entry.previous_number is None else f'v{entry.previous_number}'} -> v{entry.number}",
+            entry.serving_digest[:8],
+            entry.actor,
+            entry.reason,
+            entry.hash[:8],
         )
-    Console().print(table)
+        for entry in entries
+    ]
+    columns = ("row", "when (UTC)", "alias", "move", "digest", "by", "reason", "hash")
+    print_table(columns, rows, folding=("by", "reason"))
 
 
 @audit_app.command()
