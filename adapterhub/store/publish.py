@@ -62,17 +62,23 @@ def stage(
     base: Base,
     training: TrainingRecord | None,
     evaluation: EvaluationRecord | None,
+    trust_base: bool,
     limits: Limits,
     on_step: OnStep,
 ) -> Staged:
     """Check a PEFT folder and put its files and its manifest in place.
 
+    trust_base: do not compare the name of the base in `adapter_config.json` with `base`.
     Raises AdapterConfigError, AdapterWeightsError, AdapterMismatchError or BaseMismatchError; nothing that failed a
     check is kept.
     """
     _check_names(folder)
-    _check_note(folder / NOTE_FILE, base, limits)
-    config = read_config(folder / CONFIG_FILE, limits=limits)
+    raw = _read_object(folder / CONFIG_FILE, limits)
+    config = parse_adapter_config(raw)
+    if (folder / NOTE_FILE).is_file():
+        _check_note(folder / NOTE_FILE, base, limits)
+    elif not trust_base:
+        _check_stated_base(raw.get("base_model_name_or_path"), base)
     with files.scratch() as scratch:
         weights = scratch / WEIGHTS_FILE
         weights_digest = files.copy_in(folder / WEIGHTS_FILE, weights, max_bytes=limits.file_bytes)
@@ -154,9 +160,7 @@ def read_config(path: Path, *, limits: Limits) -> AdapterConfig:
 
 
 def _check_note(path: Path, base: Base, limits: Limits) -> None:
-    """Compare with the base digest that exports and training runs write beside the adapter, where there is one."""
-    if not path.is_file():
-        return
+    """Compare with the base digest that exports and training runs write beside the adapter."""
     made_for = str(_read_object(path, limits).get("base_digest"))
     if made_for != base.digest:
         raise BaseMismatchError(
@@ -164,3 +168,19 @@ def _check_note(path: Path, base: Base, limits: Limits) -> None:
             f"{base.quantization!r} (sha256:{base.digest[:12]}).",
             "Name the right base with `--base` and `--quantization`, or train again on this one.",
         )
+
+
+def _check_stated_base(stated: object, base: Base) -> None:
+    """Compare the last part of the hub id or path that PEFT wrote with the base; organisations and folders differ."""
+    if not stated:
+        return
+    if _last_part(str(stated)) not in (_last_part(base.name), _last_part(base.folder.name)):
+        shown = repr(stated) if len(repr(stated)) <= 120 else f"{repr(stated)[:117]}..."
+        raise BaseMismatchError(
+            f"adapter_config.json says the adapter was made for {shown}, not for {base.name!r}.",
+            "Name the right base with `--base`, or add `--trust-base` when both are the same model.",
+        )
+
+
+def _last_part(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()

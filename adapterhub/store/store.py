@@ -88,11 +88,13 @@ class Store:
         training: TrainingRecord | None = None,
         evaluation: EvaluationRecord | None = None,
         actor: str = "cli",
+        trust_base: bool = False,
         on_step: OnStep | None = None,
     ) -> Version:
         """Publish a PEFT folder as the next version of `task`; equal content returns the version it already has.
 
-        The first version of a task also gets the alias `stable`. on_step: called after each step, for progress.
+        The first version of a task also gets the alias `stable`. trust_base: take `base` as the right one although the
+        folder names another. on_step: called after each step, for progress.
         Raises what `stage` raises, InvalidNameError, and JobFailedError when the disk refuses.
         """
         check_task(task)
@@ -106,6 +108,7 @@ class Store:
                 base=base,
                 training=training,
                 evaluation=evaluation,
+                trust_base=trust_base,
                 limits=self._limits,
                 on_step=report,
             )

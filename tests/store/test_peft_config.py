@@ -115,7 +115,7 @@ def test_a_feature_that_is_not_served_is_refused_by_name(key: str, value: object
         ({"layers_pattern": ["(?P<idx>h)"]}, "'layers_pattern' to '(?P<idx>h)'; allowed: plain groups"),
         ({"target_modules": "a{99999999999}"}, "'a{99999999999}'; allowed: a regular expression."),
         ({"target_modules": "(" * 1900 + ")" * 1900}, "allowed: a regular expression."),
-        ({"rank_pattern": {f"m{idx}": 4 for idx in range(513)}}, "'rank_pattern' to 513 patterns; allowed: at most 512,"),
+        ({"rank_pattern": {f"m{idx}": 4 for idx in range(513)}}, "to 513 patterns; allowed: at most 512"),
         ({"rank_pattern": {f".*.*.*.*.*.{idx}": 4 for idx in range(11)}}, "'rank_pattern' to 11 patterns; allowed: "),
         ({"layers_pattern": ["h"] * 513}, "'layers_pattern' to 513 patterns; allowed: at most 512,"),
         ({"target_modules": "x" * 4001}, "allowed: a text of at most 4000 characters."),

@@ -140,7 +140,7 @@ def test_the_view_holds_a_configuration_that_names_no_base_and_runs_no_code(
         "base_model_name_or_path": "../../etc",
         "auto_mapping": {"base_model_class": "X", "parent_library": "transformers.models.llama"},
     }
-    version = store.publish(write_folder(tmp_path / "a", config=config), task="summarize", base=base)
+    version = store.publish(write_folder(tmp_path / "a", config=config), task="summarize", base=base, trust_base=True)
     view = store.view(version.serving_digest)
     written = json.loads((view / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] is None
@@ -263,6 +263,45 @@ def test_an_adapter_made_for_another_base_is_refused(store: Store, base: Base, f
         "not for 'other' with quantization 'nf4' (sha256:aaaaaaaaaaaa)."
     )
     assert caught.value.hint == "Name the right base with `--base` and `--quantization`, or train again on this one."
+
+
+@pytest.mark.parametrize(
+    "stated", ["org/Other-1B", "Other-1B", "/mnt/models/Other-1B/", "C:\\models\\Other-1B", "../Other-1B", 7]
+)
+def test_a_plain_peft_folder_that_names_another_base_is_refused_unless_the_base_is_trusted(
+    stated: object, store: Store, base: Base, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "a", config=LORA_CONFIG | {"base_model_name_or_path": stated})
+    with pytest.raises(BaseMismatchError) as caught:
+        store.publish(folder, task="summarize", base=base)
+    assert caught.value.what == f"adapter_config.json says the adapter was made for {stated!r}, not for 'small'."
+    assert caught.value.hint == "Name the right base with `--base`, or add `--trust-base` when both are the same model."
+    assert store.versions() == []
+    assert store.publish(folder, task="summarize", base=base, trust_base=True).base_digest == base.digest
+
+
+@pytest.mark.parametrize(
+    "stated", [None, "", "org/Small", "SMALL", "/mnt/models/small/", "C:\\models\\Small", "hub/folder-1"]
+)
+def test_a_plain_peft_folder_that_names_its_base_or_the_folder_of_it_is_published(
+    stated: object, store: Store, base: Base, tmp_path: Path
+) -> None:
+    base = dataclasses.replace(base, name="org/small", folder=Path("/bases/Folder-1"))
+    folder = write_folder(tmp_path / "a", config=LORA_CONFIG | {"base_model_name_or_path": stated})
+    assert store.publish(folder, task="summarize", base=base).base_digest == base.digest
+
+
+def test_a_long_name_of_another_base_is_shortened(store: Store, base: Base, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", config=LORA_CONFIG | {"base_model_name_or_path": "x" * 1000})
+    with pytest.raises(BaseMismatchError) as caught:
+        store.publish(folder, task="summarize", base=base)
+    assert len(caught.value.what) < 250
+
+
+def test_trusting_the_base_does_not_overrule_a_recorded_digest(store: Store, base: Base, folder: Path) -> None:
+    (folder / "adapterhub.json").write_text(json.dumps({"base_digest": "a" * 64}))
+    with pytest.raises(BaseMismatchError, match="The adapter was made for base sha256:aaaaaaaaaaaa"):
+        store.publish(folder, task="summarize", base=base, trust_base=True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from adapterhub.base.identity import Base
 from adapterhub.cli import adapters, alias, audit
-from adapterhub.errors import AdapterHubError, AdapterNotFoundError, ConflictError
+from adapterhub.errors import AdapterHubError, AdapterNotFoundError, BaseMismatchError, ConflictError
 from adapterhub.records import EvaluationRecord, TrainingRecord
 from adapterhub.settings import load_settings
 from adapterhub.store import Store
@@ -119,6 +119,16 @@ def test_import_publishes_a_folder_of_every_method(method: str, tiny: Base, tmp_
     assert f"{method} adapter, serving digest sha256:" in result.stderr
     assert "aliases: stable" in result.stderr
     assert _json("adapters", "import", str(folder), *options)["label"] == "summarize@v1"
+
+
+def test_import_of_an_adapter_that_names_another_base_needs_trust(tiny: Base, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter", tiny, method="ia3")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/other"}))
+    options = ["--task", "summarize", "--base", str(tiny.folder), "--quantization", "none"]
+    with pytest.raises(BaseMismatchError, match="says the adapter was made for 'org/other'"):
+        _run("adapters", "import", str(folder), *options)
+    assert _run("adapters", "import", str(folder), *options, "--trust-base").stdout == "summarize@v1\n"
 
 
 def test_a_later_import_says_how_to_serve_it(tiny: Base, tmp_path: Path) -> None:
