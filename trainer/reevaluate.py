@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from adapterhub.base import Base
 from adapterhub.base.loading import load_model, load_tokenizer, use_threads
 from adapterhub.errors import BaseMismatchError, DataError
 from adapterhub.recipes import Recipe, load_recipe, parse_recipe
 from adapterhub.settings import Settings
 from adapterhub.store import Store, Version
-from trainer.data import TokenRow
+from trainer.data import PreparedData, TokenRow
+from trainer.data.split import normalise
+from trainer.data.tokens import rows_digest
 from trainer.evaluate import Comparison, base_answers, compare
 from trainer.generate import Answers, generate_answers
 from trainer.notices import library_notices_ignored
@@ -61,7 +65,12 @@ def reevaluate(
             )
     recipe = _recipe_of(version, store, settings)
     tokenizer = load_tokenizer(base)
-    rows = _choose(prepare_data(recipe, settings=settings, tokenizer=tokenizer).held_out, num_rows, seed)
+    prepare = partial(_prepare_again, store=store, settings=settings, tokenizer=tokenizer)
+    data, warnings = prepare(version)
+    rows = _choose(data.held_out, num_rows, seed)
+    if other is not None:
+        theirs, doubts = prepare(other)
+        warnings += [*doubts, *_overlap(theirs, rows, other.label)]
     options: dict[str, Any] = {"tokenizer": tokenizer}
 
     def report(name: str) -> Callable[[int, int], None] | None:
@@ -89,9 +98,7 @@ def reevaluate(
     if seed is not None:
         comparison = replace(comparison, record=comparison.record.model_copy(update={"seed": seed}))
     label = "base" if other is None else other.label
-    return Reevaluation(
-        label, version.label, comparison, recipe.generation.max_new_tokens, _warnings(recipe, other, store, settings)
-    )
+    return Reevaluation(label, version.label, comparison, recipe.generation.max_new_tokens, tuple(warnings))
 
 
 def _recipe_of(version: Version, store: Store, settings: Settings) -> Recipe:
@@ -102,13 +109,35 @@ def _recipe_of(version: Version, store: Store, settings: Settings) -> Recipe:
     return load_recipe(version.task, settings)
 
 
-def _warnings(recipe: Recipe, other: Version | None, store: Store, settings: Settings) -> tuple[str, ...]:
-    if other is None:
-        return ()
-    theirs = _recipe_of(other, store, settings)
-    if (theirs.data, theirs.split, theirs.filter) == (recipe.data, recipe.split, recipe.filter):
-        return ()
-    return (f"{other.label} was trained on another split, so it may have seen some of these rows.",)
+def _prepare_again(
+    version: Version, *, store: Store, settings: Settings, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreparedData, list[str]]:
+    """Return the rows of a version's recipe and doubts about them. Raises DataError when its data file has changed."""
+    data = prepare_data(_recipe_of(version, store, settings), settings=settings, tokenizer=tokenizer)
+    training = store.manifest(version).training
+    if training is None:
+        return data, [f"{version.label} was imported; nobody knows which rows it was trained on."]
+    for name, recorded in training.data_digests.items():
+        found = data.digests.get(name)
+        if found != recorded:
+            raise DataError(
+                f"{data.report.file} is not the file that {version.label} was trained on: sha256 {recorded} then, "
+                f"{found} now.",
+                "Put the old file back, or train again: rows it was trained on could be among the held-out ones.",
+            )
+    if rows_digest(data.train) != training.token_digest:
+        return data, [
+            f"The rows that {version.label} was trained on cannot be chosen again, because the split or the tokenizer "
+            "has changed since; it may have seen some of these rows."
+        ]
+    return data, []
+
+
+def _overlap(theirs: PreparedData, rows: tuple[TokenRow, ...], label: str) -> list[str]:
+    digests = {row.row_digest for row in theirs.train}
+    prompts = {normalise(row.prompt_text) for row in theirs.train}
+    count = sum(row.row_digest in digests or normalise(row.prompt_text) in prompts for row in rows)
+    return [f"{label} was trained on {count} of these {len(rows)} rows."] if count else []
 
 
 def _choose(rows: tuple[TokenRow, ...], num_rows: int | None, seed: int | None) -> tuple[TokenRow, ...]:

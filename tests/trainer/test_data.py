@@ -173,7 +173,7 @@ def test_patterns_leave_rows_out_and_cut_values(tmp_path: Path) -> None:
 
 
 def row(prompt: str, target: str = "t", group: str | None = None) -> TokenRow:
-    return TokenRow(0, ({"role": "user", "content": prompt},), target, group, (1,), (2,))
+    return TokenRow(0, ({"role": "user", "content": prompt},), target, group, (1,), (2,), f"{prompt}: {target}")
 
 
 def test_equal_prompts_and_equal_groups_never_cross_the_split() -> None:
@@ -192,6 +192,22 @@ def test_the_split_depends_on_the_seed_but_not_on_the_order_of_the_file() -> Non
     assert split_rows(rows, split) == split_rows(rows[::-1], split)
     assert split_rows(rows, split)[1] != split_rows(rows, Split(seed=2, eval=10, train=20))[1]
     assert [len(side) for side in split_rows(rows, split)] == [20, 10]
+
+
+def test_another_prompt_moves_no_row_to_the_other_side(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"text": f"row {idx}", "label": idx % 2 == 0, "note": idx} for idx in range(60)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    def held_out(**prompt: Any) -> list[int]:
+        recipe = field_recipe(prompt={"template": "{text}"} | prompt, split={"eval": 20})
+        return [row.line for row in prepare(path, recipe, tokenizer).held_out]
+
+    lines = held_out()
+    assert held_out(system="Be brief.") == lines
+    assert held_out(template="Is it {text}?") == lines
+    assert held_out(truncate={"text": 100}) == lines
+    write_jsonl(path, [dict(reversed(row.items())) for row in rows])
+    assert held_out() == lines
 
 
 def test_duplicates_are_dropped_but_two_answers_to_one_prompt_are_not() -> None:

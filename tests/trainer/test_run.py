@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -174,16 +175,57 @@ def test_a_published_version_is_measured_again_on_rows_it_never_saw(rows: Path, 
     publish_run(second, base=base, settings=settings)
     both = reevaluate("tiny@v2", against="tiny@v1", **options)
     assert (both.first, both.second, len(both.warnings)) == ("tiny@v1", "tiny@v2", 1)
-    assert "tiny@v1 was trained on another split" in both.warnings[0]
+    lines = [
+        {row["line"] for row in json.loads((o.folder / "evaluation.json").read_text())["rows"]}
+        for o in (outcome, second)
+    ]  # Each run trained on the 20 of 40 rows that it did not hold out.
+    num_seen = len(lines[1] - lines[0])
+    assert both.warnings == (f"tiny@v1 was trained on {num_seen} of these 20 rows.",)
+    assert not reevaluate("tiny@v1", against="tiny@v1", **options).warnings
     assert both.comparison.record.difference == pytest.approx(0, abs=0.05)
     store.close()
 
 
-def test_an_imported_version_needs_a_recipe_to_be_measured(tmp_path: Path, base: Base, settings: Settings) -> None:
+def test_a_version_whose_rows_have_changed_is_not_measured(rows: Path, base: Base, settings: Settings) -> None:
+    publish_run(run(rows, base, settings), base=base, settings=settings)
+    store = Store.open(settings.store_dir)
+    options: dict[str, Any] = {"against": "base", "base": base, "store": store, "settings": settings}
+    before = hashlib.sha256(rows.read_bytes()).hexdigest()
+    with rows.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "row 40", "completion": "ok ok"}\n')
+    after = hashlib.sha256(rows.read_bytes()).hexdigest()
+    with pytest.raises(DataError) as caught:
+        reevaluate("tiny", **options)
+    assert str(caught.value) == (
+        f"{rows} is not the file that tiny@v1 was trained on: sha256 {before} then, {after} now. "
+        "Put the old file back, or train again: rows it was trained on could be among the held-out ones."
+    )
+    store.close()
+
+
+def test_a_version_split_in_another_way_than_now_is_measured_with_a_warning(
+    rows: Path, base: Base, settings: Settings
+) -> None:
+    outcome = run(rows, base, settings)
+    other = outcome.training.model_copy(update={"token_digest": "0" * 64})
+    publish_run(replace(outcome, training=other), base=base, settings=settings)
+    store = Store.open(settings.store_dir)
+    (warning,) = reevaluate("tiny", against="base", base=base, store=store, settings=settings).warnings
+    assert "The rows that tiny@v1 was trained on cannot be chosen again" in warning
+    store.close()
+
+
+def test_an_imported_version_needs_a_recipe_to_be_measured(
+    tmp_path: Path, rows: Path, base: Base, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from adapterhub.errors import UnknownTaskError
 
     store = Store.open(settings.store_dir)
     store.publish(write_adapter(tmp_path / "peft", base, method="lora"), task="foreign", base=base)
     with pytest.raises(UnknownTaskError, match="No recipe for task 'foreign'"):
         reevaluate("foreign", against="base", base=base, store=store, settings=settings)
+    publish_run(run(rows, base, settings), base=base, settings=settings)
+    monkeypatch.setattr("trainer.reevaluate.load_model", None)  # Nothing is generated.
+    with pytest.raises(UnknownTaskError, match="No recipe for task 'foreign'"):
+        reevaluate("tiny", against="foreign", base=base, store=store, settings=settings)
     store.close()

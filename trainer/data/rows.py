@@ -6,6 +6,7 @@ not know tokens. Rows that bring their own prompts may have any of the formats i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,13 +35,17 @@ class _LeftOutError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: either prompt variables for the recipe's template, or messages of its own; and the answer."""
+    """One row: either prompt variables for the recipe's template, or messages of its own; and the answer.
+
+    row_digest: sha256 of the row as read, the same under every recipe.
+    """
 
     line: int
     variables: Mapping[str, str]
     messages: tuple[Message, ...]
     target: str
     group: str | None
+    row_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +112,16 @@ def _parse_json(text: str) -> dict[str, Any]:
         raise _FaultError("a number with too many digits") from exc
     except RecursionError as exc:
         raise _FaultError("nested too deeply") from exc
-    _check_characters(row)
     if not isinstance(row, dict):
         raise _FaultError(f"a row must be a JSON object, found {_kind(row)}")
     return row
 
 
-def _check_characters(row: object) -> None:
-    """JSON can escape half of a surrogate pair; no tokenizer takes it."""
+def _digest(row: Mapping[str, Any]) -> str:
+    """sha256 of a row, whatever the order of its keys."""
     try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as exc:
+        return hashlib.sha256(json.dumps(row, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    except UnicodeEncodeError as exc:  # JSON can escape half of a surrogate pair; no tokenizer takes it.
         half = exc.object[exc.start : exc.end]
         raise _FaultError(f"half of a surrogate pair, {half!r}, which is no character") from exc
     except RecursionError as exc:
@@ -130,15 +134,16 @@ def _kind(value: object) -> str:
 
 
 def _example(line: int, row: dict[str, Any], recipe: Recipe) -> Example:
+    digest = _digest(row)
     group = None if recipe.split.group is None else _scalar(row, recipe.split.group)
     if recipe.prompt.template is None:
         messages, target = _free_form(row)
-        return Example(line, {}, messages, _answer(target, "completion"), group)
+        return Example(line, {}, messages, _answer(target, "completion"), group, digest)
     variables = {name: _value(row, name, source) for name, source in recipe.fields.items()}
     if not recipe.prompt.template.format_map(variables).strip():
         raise _FaultError("the prompt is empty")
     target = str(recipe.target).format_map(variables)
-    return Example(line, variables, (), _answer(target, "target"), group)
+    return Example(line, variables, (), _answer(target, "target"), group, digest)
 
 
 def _answer(target: str, name: str) -> str:

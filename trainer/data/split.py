@@ -1,7 +1,7 @@
 """Choose training and held-out rows so that nothing leaks from one to the other.
 
 Rows with equal normalised prompt, or equal group, form one cluster; a cluster goes to one side as a whole. The order of
-clusters is a hash of seed and content, so it does not depend on the order of the file.
+clusters is a hash of the seed and of the rows as read, so neither the order of the file nor another prompt moves rows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class _Row(Protocol):
     def target(self) -> str: ...
     @property
     def group(self) -> str | None: ...
+    @property
+    def row_digest(self) -> str: ...
 
 
 _R = TypeVar("_R", bound=_Row)
@@ -87,5 +89,4 @@ def _ordered_clusters(rows: Sequence[_R], seed: int) -> list[list[_R]]:
 
 
 def _place(row: _Row, seed: int) -> str:
-    text = f"{seed}\0{normalise(row.prompt_text)}\0{normalise(row.target)}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(f"{seed}\0{row.row_digest}".encode()).hexdigest()

@@ -31,7 +31,7 @@ _SENTINEL = "adapterhubanswer"
 class TokenRow:
     """One row ready to train on or to ask.
 
-    prompt_ids end where the answer starts; answer_ids end with the stop token.
+    prompt_ids end where the answer starts; answer_ids end with the stop token. row_digest: see `Example`.
     """
 
     line: int
@@ -40,6 +40,7 @@ class TokenRow:
     group: str | None
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    row_digest: str = ""
 
     @property
     def prompt_text(self) -> str:
@@ -124,7 +125,13 @@ def encode(
             yield None
             continue
         yield TokenRow(
-            example.line, tuple(messages), example.target, example.group, tuple(prompt_ids), tuple(answer_ids)
+            line=example.line,
+            messages=tuple(messages),
+            target=example.target,
+            group=example.group,
+            prompt_ids=tuple(prompt_ids),
+            answer_ids=tuple(answer_ids),
+            row_digest=example.row_digest,
         )
 
 
