@@ -14,7 +14,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from adapterhub.base import Base
-from adapterhub.errors import JobFailedError, StoreCorruptError, UserInputError
+from adapterhub.errors import AdapterConfigError, AdapterWeightsError, JobFailedError, StoreCorruptError, UserInputError
 from adapterhub.records import EvaluationRecord, Manifest, TrainingRecord
 from adapterhub.store.aliases import list_aliases, log_head, move_alias, read_log, verify_log
 from adapterhub.store.canonical import canonical_json
@@ -255,9 +255,10 @@ class Store:
         version = self.get_version(ref)
         try:
             self._verify_files(version)
-        except OSError as exc:
+        except (OSError, AdapterConfigError, AdapterWeightsError) as exc:  # The last two: checks grew since it came.
+            fault = f"{exc}." if isinstance(exc, OSError) else exc.what
             raise StoreCorruptError(
-                f"{version.label} cannot be checked: {exc}.",
+                f"{version.label} cannot be checked: {fault}",
                 "Check the disk and permissions, import the same adapter again, or restore the store from a backup.",
             ) from exc
 

@@ -13,7 +13,7 @@ import pytest
 
 from adapterhub.base.identity import Base
 from adapterhub.errors import JobFailedError, OverloadedError, StoreCorruptError, UserInputError
-from adapterhub.store import Store, Version
+from adapterhub.store import Limits, Store, Version
 from adapterhub.store import catalogue as catalogue_module
 
 
@@ -143,6 +143,15 @@ def test_a_view_is_built_without_hard_links_too(
     assert store.view(version.serving_digest) == view
     assert (view / "adapter_model.safetensors").stat().st_nlink == 1
     store.verify("summarize")
+
+
+@pytest.mark.usefixtures("version")
+def test_a_version_that_stricter_checks_refuse_is_reported(store: Store, tmp_path: Path) -> None:
+    assert store.find_damage() == {}
+    with Store.open(tmp_path / "store", limits=Limits(config_bytes=10)) as strict:
+        damage = strict.find_damage()
+    assert damage["summarize@v1"].what.startswith("summarize@v1 cannot be checked: ")
+    assert damage["summarize@v1"].what.endswith(" bytes; allowed: 10.")
 
 
 def test_opening_removes_scratch_older_than_a_day_only(tmp_path: Path) -> None:
