@@ -66,7 +66,7 @@ class Loads(Generic[_T]):
     def _load_unless_stopped(self, handle: AdapterHandle) -> _T:
         if self._is_stopped:
             raise OverloadedError("The server is shutting down.", "Ask another server, or again later.")
-        return self._load(handle.view)
+        return self._load(handle.open_view())
 
     def stop(self) -> None:
         """Start no further load; those that wait for a thread fail."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -45,10 +45,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class AdapterHandle:
-    """One published adapter. digest: serving digest, the identity; view: its PEFT folder; label: for people only."""
+    """One published adapter. digest: serving digest, the identity; label: for people only.
+
+    open_view: checks its PEFT folder, or builds it, and names it. Takes a while; called whenever the adapter is loaded,
+    in the thread that loads it.
+    """
 
     digest: str
-    view: Path
+    open_view: Callable[[], Path]
     label: str
 
 

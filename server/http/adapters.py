@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from pydantic import JsonValue
 
@@ -44,10 +44,9 @@ class AdapterNames:
     def __init__(self, store: Store, base: Base) -> None:
         self.store = store
         self._base = base
-        self._views: dict[str, Path] = {}
 
     async def choose(self, adapter: JsonValue, model: str | None) -> AdapterChoice:
-        """Resolve the two fields of a request.
+        """Resolve the two fields of a request. The name of the base means the base in `model`, a task in `adapter`.
 
         Raises UnsupportedFieldError, InvalidNameError, AdapterNotFoundError, AliasNotFoundError, BaseMismatchError, and
         RequestError when both fields name something and they differ.
@@ -66,11 +65,11 @@ class AdapterNames:
         return choice
 
     def is_base(self, name: str) -> bool:
-        """Tell whether `name` means the bare base."""
+        """Tell whether `name` in the field `model` means the bare base."""
         return name in (_BASE, self._base.name)
 
     async def _resolve(self, reference: str, param: str) -> AdapterChoice:
-        if self.is_base(reference):
+        if reference == _BASE or (param == "model" and self.is_base(reference)):
             info = AdapterInfo(task=_BASE, version=None, digest=None)
             return AdapterChoice(self._base.name, info, None)
         if reference == "auto" or reference.startswith(("mix:", "gate:")):
@@ -85,15 +84,10 @@ class AdapterNames:
         """Look `reference` up in the store. Raises what `Store.get_version` raises, and BaseMismatchError."""
         version = self.store.get_version(reference)
         self.check_base(version)
-        handle = AdapterHandle(version.serving_digest, self._view(version.serving_digest), version.label)
+        open_view = partial(self.store.view, version.serving_digest)
+        handle = AdapterHandle(version.serving_digest, open_view, version.label)
         info = AdapterInfo(task=version.task, version=version.number, digest=f"sha256:{version.serving_digest}")
         return AdapterChoice(version.label, info, handle)
-
-    def _view(self, digest: str) -> Path:
-        """Return the view of a digest; the store hashes its files the first time this process asks."""
-        if digest not in self._views:
-            self._views[digest] = self.store.view(digest)
-        return self._views[digest]
 
     def check_base(self, version: Version) -> None:
         """Refuse a version made for another base. Raises BaseMismatchError."""
