@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from adapterhub.base.catalogue import list_bases
+from adapterhub.base.catalogue import find_base
 from adapterhub.errors import AdapterHubError
 from adapterhub.settings import Settings
 
 __all__ = ["Finding", "examine"]
 
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "bitsandbytes",
-    "datasets",
-    "fastapi",
-    "uvicorn",
-    "sqlalchemy",
-    "openai",
-)
 _TORCH_PIN = "2.13.0"
 # A run of the embedded base keeps float32 weights, NF4 source and optimizer state: about 2 GiB at its peak.
 _MIN_MEMORY_GIB = 4.0
@@ -46,9 +36,19 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Run every check; a check never raises."""
+    """Run every check and create nothing; whatever a check raises becomes its finding."""
     checks: list[Callable[[Settings], Finding]] = [_python, _torch, _packages, _memory, _disk, _home, _base, _store]
-    return [check(settings) for check in checks]
+    return [_finding(check, settings) for check in checks]
+
+
+def _finding(check: Callable[[Settings], Finding], settings: Settings) -> Finding:
+    subject = check.__name__.removeprefix("_")
+    try:
+        return check(settings)
+    except AdapterHubError as exc:
+        return Finding(subject, "missing", exc.what, exc.hint)
+    except Exception as exc:  # The report must reach its end on a broken machine too.
+        return Finding(subject, "missing", f"{type(exc).__name__}: {exc}", "Check paths and permissions.")
 
 
 def _python(_: Settings) -> Finding:
@@ -73,10 +73,12 @@ def _torch(_: Settings) -> Finding:
 
 
 def _packages(_: Settings) -> Finding:
-    missing = [name for name in _PACKAGES if _version(name) is None]
+    needs = importlib.metadata.requires("adapterhub") or []
+    names = [re.split(r"[^A-Za-z0-9._-]", need, maxsplit=1)[0] for need in needs if "extra ==" not in need]
+    missing = sorted(name for name in names if _version(name) is None)
     if missing:
         return Finding("packages", "missing", ", ".join(missing), "pip install -c constraints.txt -e .")
-    return Finding("packages", "ok", f"all {len(_PACKAGES)} present")
+    return Finding("packages", "ok", f"all {len(names)} present")
 
 
 def _memory(_: Settings) -> Finding:
@@ -90,11 +92,13 @@ def _memory(_: Settings) -> Finding:
     return Finding("memory", "ok", detail)
 
 
+def _nearest(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
 def _disk(settings: Settings) -> Finding:
-    folder = settings.home
-    while not folder.exists():
-        folder = folder.parent
-    free_gib = shutil.disk_usage(folder).free / 2**30
+    free_gib = shutil.disk_usage(_nearest(settings.home)).free / 2**30
     if free_gib < _MIN_DISK_GIB:
         return Finding(
             "disk", "warning", f"{free_gib:.1f} GiB free", f"Free {_MIN_DISK_GIB:.0f} GiB or set ADAPTERHUB_HOME."
@@ -103,24 +107,18 @@ def _disk(settings: Settings) -> Finding:
 
 
 def _home(settings: Settings) -> Finding:
-    try:
-        settings.home.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
+    found = _nearest(settings.home)
+    if not found.is_dir() or not os.access(found, os.W_OK):
         return Finding(
-            "home", "missing", f"{settings.home}: {exc.strerror}", "Set ADAPTERHUB_HOME to a writable folder."
+            "home", "missing", f"{found} is not a writable folder", "Set ADAPTERHUB_HOME to a writable folder."
         )
-    if not os.access(settings.home, os.W_OK):
-        return Finding(
-            "home", "missing", f"{settings.home} is not writable", "Set ADAPTERHUB_HOME to a writable folder."
-        )
-    return Finding("home", "ok", str(settings.home))
+    note = "" if settings.home.exists() else ", made by the first command that writes"
+    return Finding("home", "ok", f"{settings.home}{note}")
 
 
 def _base(settings: Settings) -> Finding:
-    here = [listing.name for listing in list_bases(settings) if listing.is_pulled]
-    if not here:
-        return Finding("base", "missing", "no base pulled", "hub base pull")
-    return Finding("base", "ok", ", ".join(here))
+    base = find_base(None, settings)
+    return Finding("base", "ok", f"{base.name} ({base.quantization})")
 
 
 def _store(settings: Settings) -> Finding:
@@ -128,11 +126,10 @@ def _store(settings: Settings) -> Finding:
         return Finding("store", "ok", "empty; the first publish creates it")
     from adapterhub.store import Store
 
+    store = Store.open(settings.store_dir)
     try:
-        store = Store.open(settings.store_dir)
         num_rows = store.verify_log()
         num_versions = len(store.versions())
+    finally:
         store.close()
-    except AdapterHubError as exc:
-        return Finding("store", "missing", exc.what, exc.hint)
     return Finding("store", "ok", f"{num_versions} versions, log of {num_rows} rows intact")

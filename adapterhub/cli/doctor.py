@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
 def doctor() -> None:
     """Check Python, packages, memory, disk, base and store. Exit code 1 when something is missing."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from adapterhub.doctor import examine
@@ -25,6 +26,6 @@ def doctor() -> None:
     findings = examine(load_settings())
     table = Table("check", "state", "found", "what to do")
     for finding in findings:
-        table.add_row(finding.subject, _MARKS[finding.state], finding.detail, finding.remedy)
+        table.add_row(finding.subject, _MARKS[finding.state], escape(finding.detail), escape(finding.remedy))
     Console().print(table)
     raise typer.Exit(1 if any(finding.state == "missing" for finding in findings) else 0)
