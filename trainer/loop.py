@@ -58,6 +58,7 @@ class _Trainer(SFTTrainer):
         self._sampler = sampler
         self._training = recipe.training
         self._is_adalora = recipe.method is Method.ADALORA
+        self._token_loss = torch.tensor(0.0)
         super().__init__(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PlannedSampler:  # noqa: ARG002
@@ -76,7 +77,14 @@ class _Trainer(SFTTrainer):
         assert not return_outputs, "evaluation does not go through the Trainer"
         loss_sum, num_targets = label_loss(model, inputs)
         loss = loss_sum / (num_targets if num_items_in_batch is None else num_items_in_batch)
+        self._token_loss = loss.detach()
         return loss + orthogonality_loss(model) if self._is_adalora else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report the loss of the tokens alone, so that curves of all methods can be compared."""
+        if "loss" in logs and self._is_adalora:
+            logs["loss"] = float(self._token_loss)
+        super().log(logs, start_time)
 
 
 def train(

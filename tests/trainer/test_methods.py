@@ -139,6 +139,12 @@ def test_the_orthogonality_term_of_adalora_counts(ground: Ground, tmp_path: Path
     assert drift(10.0) < drift(0.0)
 
 
+def test_the_reported_loss_of_adalora_is_that_of_the_tokens_alone(ground: Ground, tmp_path: Path) -> None:
+    # Before the first step every adapter is "no change", so all methods see the loss of the base on the same batch.
+    first = [run(ground, tiny_recipe(m, training__max_steps=5), tmp_path).metrics[0].loss for m in ("lora", "adalora")]
+    assert first[0] == pytest.approx(first[1], abs=1e-5)
+
+
 def test_adalora_refuses_a_run_too_short_to_cut_ranks(ground: Ground) -> None:
     with pytest.raises(RecipeError, match=r"AdaLoRA cannot cut ranks within training\.max_steps = 3\. Use at least 5"):
         build_peft_config(tiny_recipe("adalora", training__max_steps=3), ground.base)

@@ -29,6 +29,11 @@ _FEEDFORWARD_LEAVES = frozenset({"down_proj", "fc2", "w2", "c_proj", "dense_4h_t
 _ADALORA_START = 1.5  # Initial over final rank, https://arxiv.org/abs/2303.10512 section 4.
 _ADALORA_WARMUP = 0.1  # Share of the steps with all ranks: importance needs some gradients first.
 _ADALORA_FINAL = 0.4  # Share of the steps after the last cut, to train what is left.
+# Weight of the orthogonality term: PEFT's default; the authors' runs of thousands of steps use 0.1.
+_ADALORA_ORTHOGONALITY = 0.5
+# Both smoothing factors of importance, as in the authors' runs (README of https://github.com/QingruZhang/AdaLoRA, NLU).
+_ADALORA_SMOOTHING = 0.85
+_ADALORA_CUT_INTERVAL = 1  # Steps between two cuts; runs of tens of steps have none to lose.
 _ADALORA_MIN_STEPS = 5  # One step of each phase, and room to cut.
 
 
@@ -84,6 +89,10 @@ def build_peft_config(recipe: Recipe, base: Base) -> PeftConfig:
                 total_step=training.max_steps,
                 tinit=tinit,
                 tfinal=tfinal,
+                deltaT=_ADALORA_CUT_INTERVAL,
+                beta1=_ADALORA_SMOOTHING,
+                beta2=_ADALORA_SMOOTHING,
+                orth_reg_weight=_ADALORA_ORTHOGONALITY,
                 **common,
             )
         case Method.VERA:
