@@ -221,6 +221,11 @@ def _paged_attention(
     step = current_step()
     if step is None or step.attention is None:
         raise RuntimeError("The model attends outside a step. Use `Runner.step`, which owns its keys and values.")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise UserInputError(
+            f"{type(module).__name__} attends to later tokens, which this server does not compute.",
+            "Serve a model with plain causal attention.",
+        )
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UserInputError(

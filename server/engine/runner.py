@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 
 # Rotary embeddings whose frequencies depend on the longest row of the step: one row would change another.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Kinds of layers whose mask the paged attention makes; the others change it by a mask that is never passed on.
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Runner:
         kernel: str = "auto",
     ) -> None:
         _refuse_batch_dependent_rope(model)
+        _refuse_unknown_layers(model)
         self.model = model
         self.base = base
         self.num_slots = num_slots
@@ -225,4 +228,13 @@ def _refuse_batch_dependent_rope(model: PreTrainedModel) -> None:
         raise UserInputError(
             f"The base rotates positions by {kind!r}, whose angles depend on the longest row of a batch.",
             "Serve a base with another rope type, such as 'default', 'linear', 'yarn' or 'llama3'.",
+        )
+
+
+def _refuse_unknown_layers(model: PreTrainedModel) -> None:
+    found = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    for kind in sorted(set(found) - set(_LAYER_TYPES)):
+        raise UserInputError(
+            f"The base has layers of type {kind!r}, which this server does not compute.",
+            f"Serve a base whose layers are all {' or '.join(repr(one) for one in _LAYER_TYPES)}.",
         )

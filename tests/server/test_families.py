@@ -32,6 +32,30 @@ def test_a_family_answers_as_transformers_and_peft_do(family: str, tmp_path: Pat
             assert int(found.argmax()) == int(wanted.argmax())
 
 
+def test_layers_that_attend_in_an_unknown_way_are_refused(tmp_path: Path) -> None:
+    base = build_base(tmp_path)
+    model = load_model(base)
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(UserInputError) as caught:
+        Runner(model, base, num_slots=1, num_blocks=1)
+    assert str(caught.value) == (
+        "The base has layers of type 'chunked_attention', which this server does not compute. "
+        "Serve a base whose layers are all 'full_attention' or 'sliding_attention'."
+    )
+
+
+def test_layers_that_look_ahead_are_refused(tmp_path: Path) -> None:
+    base = build_base(tmp_path)
+    model = load_model(base)
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(UserInputError) as caught:
+        Runner(model, base, num_slots=1, num_blocks=1)
+    assert str(caught.value) == (
+        "LlamaAttention attends to later tokens, which this server does not compute. "
+        "Serve a model with plain causal attention."
+    )
+
+
 def test_rotary_angles_that_depend_on_the_batch_are_refused(tmp_path: Path) -> None:
     base = build_base(tmp_path)
     model = load_model(base)
