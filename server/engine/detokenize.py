@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
 
 
 class Detokenizer:
-    """Text of one answer, token by token. Special tokens have no text."""
+    """Text of one answer, token by token. Special tokens have no text. num_characters: length of what was returned."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -45,6 +45,7 @@ class Detokenizer:
         self._window: list[int] = []
         self._num_context = 0
         self._num_shown = 0
+        self.num_characters = 0
 
     def add(self, token_id: int) -> str:
         """Return the text that is certain now that `token_id` is known."""
@@ -57,12 +58,14 @@ class Detokenizer:
             self._window = self._window[self._num_context :]
             self._num_context = len(self._window)
             self._num_shown = len(self._text(self._window))
+        self.num_characters += len(new)
         return new
 
     def flush(self) -> str:
         """Return what is left when no token follows: U+FFFD for half a character."""
         rest = self._text(self._window)[self._num_shown :]
         self._num_shown += len(rest)
+        self.num_characters += len(rest)
         return rest
 
     def _text(self, token_ids: list[int]) -> str:

@@ -97,11 +97,12 @@ class FakeEngine:
             if self._fail_after is not None and count > self._fail_after:
                 yield ErrorEvent(AdapterHubError(f"The engine broke after {count - 1} tokens.", "Send it again."))
                 return
+            offset = detokenizer.num_characters
             text = stop.add(detokenizer.add(token_id))
             is_last = stop.is_stopped or count == min(len(answer), max_tokens)
             if is_last and not stop.is_stopped:
                 text += stop.add(detokenizer.flush()) + stop.flush()
-            yield TokenEvent(text, token_id, self._logprob(request, token_id))
+            yield TokenEvent(text, token_id, self._logprob(request, token_id), offset)
             if is_last:
                 reason = "length" if count == max_tokens < len(answer) and not stop.is_stopped else "stop"
                 yield FinishEvent(reason, len(request.prompt_token_ids), count)

@@ -35,12 +35,12 @@ class Track:
     def accept(self, token_id: int, logprob: TokenLogprob | None) -> list[Event]:
         """Take the next token; return its event, and the end if it ends the answer."""
         self._num_tokens += 1
-        is_end = token_id in self._stop_ids
+        is_end, offset = token_id in self._stop_ids, self._detokenizer.num_characters
         text = "" if is_end else self._stop.add(self._detokenizer.add(token_id))
         is_last = is_end or self._stop.is_stopped or self._num_tokens == self.request.sampling.max_tokens
         if is_last:
             text += self._stop.add(self._detokenizer.flush()) + self._stop.flush()
-        token = TokenEvent(text, token_id, None if is_end else logprob)
+        token = TokenEvent(text, token_id, None if is_end else logprob, offset)
         if not is_last:
             return [token]
         reason: FinishReason = "stop" if is_end or self._stop.is_stopped else "length"

@@ -89,12 +89,14 @@ class TokenEvent:
     """One generated token. The texts of all events of a request, joined, are its answer.
 
     text: may be empty (half a character, the possible beginning of a stop string, a special token) and may hold text
-    that earlier tokens held back. logprob: None unless asked for, and for the token that ends the answer.
+    that earlier tokens held back. logprob: None unless asked for, and for the token that ends the answer. offset: where
+    the token begins, in whole characters of the answer.
     """
 
     text: str
     token_id: int
     logprob: TokenLogprob | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from adapterhub.base.prompts import text_token_ids
 from adapterhub.errors import RequestError
-from server.engine.types import TokenEvent, TokenLogprob
+from server.engine.types import TokenEvent, TokenLogprob, TokenScore
 from server.http.generation import Answer, build_job, respond
 from server.http.replies import Completion, CompletionChoice, CompletionLogprobs, Envelope, Usage
 from server.http.schema import CompletionBody
@@ -30,7 +30,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     choice = await service.adapters.choose(body.adapter, body.model)
     prompts = await service.tokenize(lambda tokenizer: [_token_ids(tokenizer, prompt) for prompt in body.prompts])
     job = build_job(service, body, request_id=get_request_id(request), choice=choice, prompts=prompts)
-    form = CompletionFormat(len(job.requests), has_logprobs=body.logprobs is not None)
+    form = CompletionFormat(has_logprobs=body.logprobs is not None)
     return await respond(service, job, form, is_stream=bool(body.stream), has_usage=body.has_usage_chunk)
 
 
@@ -50,9 +50,8 @@ class CompletionFormat:
 
     prefix = "cmpl"
 
-    def __init__(self, num_answers: int, *, has_logprobs: bool) -> None:
+    def __init__(self, *, has_logprobs: bool) -> None:
         self._has_logprobs = has_logprobs
-        self._offsets = [0] * num_answers
 
     def whole(self, envelope: Envelope, answers: Sequence[Answer], usage: Usage) -> Completion:
         """Write all answers as one body."""
@@ -60,7 +59,7 @@ class CompletionFormat:
             CompletionChoice(
                 index=idx,
                 text=answer.text,
-                logprobs=self._logprobs(idx, answer.logprobs) if self._has_logprobs else None,
+                logprobs=_logprobs(answer.logprobs, answer.offsets) if self._has_logprobs else None,
                 finish_reason=answer.finish,
             )
             for idx, answer in enumerate(answers)
@@ -75,7 +74,7 @@ class CompletionFormat:
         """Write one token, if it has something to show."""
         if not event.text and event.logprob is None:
             return None
-        logprobs = None if event.logprob is None else self._logprobs(index, [event.logprob])
+        logprobs = None if event.logprob is None else _logprobs([event.logprob], [event.offset])
         choice = CompletionChoice(index=index, text=event.text, logprobs=logprobs)
         return Completion(**_fields(envelope), choices=[choice])
 
@@ -88,17 +87,30 @@ class CompletionFormat:
         """Write the token counts, without a choice."""
         return Completion(**_fields(envelope), choices=[], usage=usage)
 
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        offsets: list[int] = []
-        for one in logprobs:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(one.chosen.text)
-        return CompletionLogprobs(
-            tokens=[one.chosen.text for one in logprobs],
-            token_logprobs=[one.chosen.logprob for one in logprobs],
-            top_logprobs=[{score.text: score.logprob for score in one.top} for one in logprobs],
-            text_offset=offsets,
-        )
+
+def _logprobs(logprobs: Sequence[TokenLogprob], offsets: Sequence[int]) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=[_key(one.chosen) for one in logprobs],
+        token_logprobs=[one.chosen.logprob for one in logprobs],
+        top_logprobs=[_top(one.top) for one in logprobs],
+        text_offset=list(offsets),
+    )
+
+
+def _top(scores: Sequence[TokenScore]) -> dict[str, float]:
+    """Write alternatives, best first; of those that look alike the best one stays."""
+    top: dict[str, float] = {}
+    for score in scores:
+        top.setdefault(_key(score), score.logprob)
+    return top
+
+
+def _key(score: TokenScore) -> str:
+    """Name a token by its text; parts of characters, which would look alike as text, by their bytes as OpenAI does."""
+    try:
+        return score.raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in score.raw)
 
 
 def _fields(envelope: Envelope) -> dict[str, Any]:

@@ -32,10 +32,11 @@ _MAX_ANSWERS = 128  # Of one request: prompts times choices.
 
 @dataclass(slots=True)
 class Answer:
-    """One answer as far as it has come."""
+    """One answer as far as it has come. offsets: where each token of `logprobs` begins, in characters."""
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    offsets: list[int] = field(default_factory=list[int])
     finish: Literal["stop", "length"] = "stop"
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
@@ -191,6 +192,7 @@ def _apply(answer: Answer, event: TokenEvent | FinishEvent) -> None:
         answer.text += event.text
         if event.logprob is not None:
             answer.logprobs.append(event.logprob)
+            answer.offsets.append(event.offset)
         return
     if event.reason == "cancelled":
         raise OverloadedError("The server cancelled the request.", "Send it again.")

@@ -150,7 +150,10 @@ class ChatChunk(Envelope):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log probabilities in the older form: parallel lists. text_offset counts characters of the answer."""
+    """Log probabilities in the older form: parallel lists. text_offset counts characters of the answer.
+
+    tokens: text, or `bytes:` and escaped bytes for a part of a character.
+    """
 
     tokens: list[str]
     token_logprobs: list[float]

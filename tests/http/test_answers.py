@@ -163,6 +163,25 @@ def test_log_probabilities_come_in_the_form_of_each_endpoint(client: httpx.Clien
     assert events[1]["choices"][0]["logprobs"]["content"] == [first | {"top_logprobs": []}]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stop", [None, ["é!"]])
+def test_text_offsets_count_characters_of_the_answer(
+    client: httpx.Client, stream: bool, stop: list[str] | None
+) -> None:
+    body = {"prompt": "aé😀b", "max_tokens": 50, "logprobs": 0, "stream": stream, "stop": stop}
+    response = client.post("/v1/completions", json=body)
+    replies = _events(response) if stream else [response.json()]
+    offsets = [offset for one in replies for offset in (one["choices"][0]["logprobs"] or {}).get("text_offset", [])]
+    assert offsets == [*range(7), 7, 8, 8, 9, 9, 9, 9, 10]  # "[base] ", then characters of 1, 2, 4 and 1 tokens.
+
+
+def test_tokens_that_are_parts_of_characters_are_told_apart(client: httpx.Client) -> None:
+    reply = client.post("/v1/completions", json={"prompt": "é", "max_tokens": 50, "logprobs": 1}).json()
+    logprobs = reply["choices"][0]["logprobs"]
+    assert logprobs["tokens"][-2:] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert logprobs["top_logprobs"][-2:] == [{"bytes:\\xc3": -0.5}, {"bytes:\\xa9": -0.5}]
+
+
 def test_neutral_values_of_unsupported_fields_are_accepted(client: httpx.Client) -> None:
     neutral = {
         "frequency_penalty": 0,

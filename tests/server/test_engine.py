@@ -202,7 +202,7 @@ async def test_an_end_token_ends_the_answer_and_has_no_text() -> None:
     async with running(Ending()) as engine:
         events = await collect(engine, request("r", logprobs=0))
     assert events[-1] == FinishEvent("stop", 5, 3)
-    assert events[-2] == TokenEvent("", TOKENIZER.eos_token_id, None)
+    assert events[-2] == TokenEvent("", TOKENIZER.eos_token_id, None, offset=2)
 
 
 async def test_a_seed_repeats_an_answer_in_any_company() -> None:
