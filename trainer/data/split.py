@@ -61,7 +61,9 @@ def split_rows(rows: Sequence[_R], split: Split) -> tuple[list[_R], list[_R]]:
             f"{len(rows)} usable rows give {len(train)} for training and {len(held_out)} of {wanted} held out.",
             "Add rows, lower `split.eval`, or check that `split.group` and equal prompts do not tie all rows together.",
         )
-    return train[: split.train], held_out
+    # The first rows of either side must be a sample of all its groups, so groups do not stay together here.
+    held_out.sort(key=lambda row: _place(row, split.seed))
+    return sorted(train[: split.train], key=lambda row: _place(row, split.seed)), held_out
 
 
 def _ordered_clusters(rows: Sequence[_R], seed: int) -> list[list[_R]]:
