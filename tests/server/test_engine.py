@@ -15,7 +15,7 @@ from contextlib import aclosing
 import pytest
 
 from adapterhub.base.prompts import text_token_ids
-from adapterhub.errors import AdapterHubError, AdapterLoadError, ContextTooLongError, OverloadedError
+from adapterhub.errors import AdapterLoadError, ContextTooLongError, OverloadedError
 from server.engine.engine import NativeEngine
 from server.engine.fake import FakeEngine
 from server.engine.types import (
@@ -367,23 +367,6 @@ async def test_stopping_ends_requests_in_flight_with_an_error() -> None:
     for events in await asyncio.gather(*tasks):
         assert str(events[-1].error) == "The server is shutting down. Send the request again later."
     assert engine.status().num_waiting == 0
-
-
-async def test_a_mistake_in_the_loop_ends_every_request_and_readiness(monkeypatch, caplog) -> None:
-    engine = NativeEngine(FakeRunner(), TOKENIZER, BASE)
-    await engine.start()
-
-    def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("oops")
-
-    monkeypatch.setattr("server.engine.scheduler.Scheduler.schedule", broken)
-    events = await collect(engine, request("r"))
-    assert isinstance(events[-1], ErrorEvent)
-    assert type(events[-1].error) is AdapterHubError
-    assert str(events[-1].error) == "The engine stopped: oops. Restart the server and report its log."
-    assert not engine.status().is_ready
-    assert "the engine stopped after 0 steps" in caplog.text
-    await engine.stop()
 
 
 async def test_requests_with_one_id_do_not_disturb_each_other() -> None:

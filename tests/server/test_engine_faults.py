@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapterhub.errors import OverloadedError, RequestError
+from adapterhub.errors import AdapterHubError, OverloadedError, RequestError
 from server.engine.engine import NativeEngine
 from server.engine.types import ErrorEvent, FinishEvent, GenerateRequest, SamplingParams, TokenEvent
 from tests.support.engines import BASE, TOKENIZER, collect, expected_answer, handle, request, running, tokens_of, until
@@ -164,3 +164,20 @@ async def test_a_step_is_refused_when_a_slot_was_written_since_it_was_planned() 
         assert isinstance(events[-1], ErrorEvent)
         assert str(events[-1].error).startswith("The step failed: ")
         assert await tokens_of(engine, asked) == expected_answer(asked)  # Planned after the writes.
+
+
+async def test_a_mistake_in_the_loop_ends_every_request_and_readiness(monkeypatch, caplog) -> None:
+    engine = NativeEngine(FakeRunner(), TOKENIZER, BASE)
+    await engine.start()
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("server.engine.scheduler.Scheduler.schedule", broken)
+    events = await collect(engine, request("r"))
+    assert isinstance(events[-1], ErrorEvent)
+    assert type(events[-1].error) is AdapterHubError
+    assert str(events[-1].error) == "The engine stopped: oops. Restart the server and report its log."
+    assert not engine.status().is_ready
+    assert "the engine stopped after 0 steps" in caplog.text
+    await engine.stop()
