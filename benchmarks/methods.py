@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,9 @@ _RESULTS = Path(__file__).parent / "results"
 
 
 def train_one(task: str, method: str, *, seed: int, extra: list[str]) -> dict[str, Any]:
-    """Run one `hub train` and return its JSON with seconds, peak memory and file size added."""
+    """Run one `hub train` and return its JSON with peak memory and file size added."""
     hub = str(Path(sys.executable).with_name("hub"))
     command = [hub, "train", "--task", task, "--method", method, "--seed", str(seed), "--no-publish", "--json", *extra]
-    start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     printed = process.stdout.read()
@@ -41,7 +39,6 @@ def train_one(task: str, method: str, *, seed: int, extra: list[str]) -> dict[st
     weights = Path(result["adapter"]) / "adapter_model.safetensors"
     return result | {
         "seed": seed,
-        "total_s": time.monotonic() - start,
         "peak_rss_mib": usage.ru_maxrss / 1024,
         "file_bytes": weights.stat().st_size,
     }
