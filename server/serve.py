@@ -33,15 +33,12 @@ def serve(
     """
     with bind(host, port) as listener:
         base = find_base(None, settings)
-        import torch
-
-        from adapterhub.base.loading import load_tokenizer
+        from adapterhub.base.loading import load_tokenizer, use_threads
         from adapterhub.store import Store
         from server.engine.build import build_engine
         from server.http import AdapterNames, create_app
 
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        use_threads(settings)
         with Store.open(settings.store_dir) as store:
             names = AdapterNames(store, base)
             handles = [handle for name in preload if (handle := names.resolve(name).handle) is not None]
