@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := adapterhub trainer server adapters benchmarks examples tests
 
-.PHONY: help install install-test base demo check test test-slow format clean
+.PHONY: help install install-test base demo check test format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -37,10 +37,7 @@ check: install-test ## format, lint, types, import contracts
 	$(BIN)/pyright
 
 test: check base ## everything CI runs
-	$(BIN)/pytest -m "not slow"
-
-test-slow: install-test base ## the tests that take minutes
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest
 
 format: install-test ## format and fix what can be fixed
 	$(BIN)/ruff format $(SOURCES)
