@@ -6,6 +6,8 @@ inside a Python package; it is converted once to safetensors.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -137,7 +139,8 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
     quiet_libraries()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # A progress bar that no setting of transformers switches off.
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     forget_quantizer_(model)  # transformers refuses to save a model that still carries the GGUF quantizer.
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
