@@ -3,7 +3,7 @@
 Each method runs `hub train` in its own process: same rows, steps, batches and held-out rows; the learning rate is the
 method's own. Peak memory is the resident set of that process. Example:
 
-    python -m benchmarks.methods --task extract --seeds 0
+    python -m benchmarks.methods --task ask --seeds 0
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def show(runs: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the comparison and write benchmarks/results/methods-<task>.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", default="extract")
+    parser.add_argument("--task", default="ask")
     parser.add_argument("--methods", nargs="+", default=list(_METHODS), choices=_METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments, extra = parser.parse_known_args()

@@ -24,7 +24,7 @@ from openai import AsyncOpenAI
 from rich.console import Console
 from rich.table import Table
 
-TASKS = ("summarize", "extract")
+TASKS = ("summarize", "ask")
 _HUB = str(Path(sys.executable).with_name("hub"))
 _START_TIMEOUT_S = 120
 _STOP_TIMEOUT_S = 20
