@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from adapterhub.digests import file_sha256
 from adapterhub.errors import BaseNotPulledError, UserInputError
@@ -41,7 +41,20 @@ _TOKENIZER_PATTERNS = (
     "*.spm",
     "*.tiktoken",
 )
-_PASSING_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+# Keys that name the writer of a configuration file, or the circumstances of writing, not the model.
+_PASSING_CONFIG_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "dtype",
+        "is_local",
+        "local_files_only",
+        "name_or_path",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+_MAX_HEADER_BYTES = 100 << 20  # The limit of the safetensors library.
 _IDENTITY_CACHE = ".adapterhub-files.json"
 
 
@@ -103,10 +116,31 @@ def _cached_digests(folder: Path, files: list[Path]) -> dict[str, str]:
     return result
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise UserInputError(f"{path} is not valid JSON: {exc}.", "Copy or pull the base again.") from exc
+    if not isinstance(content, dict):
+        raise UserInputError(f"{path} holds no JSON object.", "Copy or pull the base again.")
+    return cast("dict[str, Any]", content)
+
+
 def _header(path: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file; its size is checked before memory is taken for it."""
     with path.open("rb") as file:
         size_bytes = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size_bytes))
+        if not 2 <= size_bytes <= min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
+            raise UserInputError(
+                f"{path} is no safetensors file: its header would have {size_bytes} bytes.",
+                "If it is a git-LFS pointer, fetch the real file; else copy or pull the base again.",
+            )
+        try:
+            return json.loads(file.read(size_bytes))
+        except ValueError as exc:
+            raise UserInputError(
+                f"{path} is no safetensors file: its header is not JSON.", "Copy or pull the base again."
+            ) from exc
 
 
 def _linear_modules(files: list[Path]) -> dict[str, tuple[int, int]]:
@@ -124,8 +158,19 @@ def _chat_template(folder: Path) -> str:
     if template.is_file():
         return template.read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    found = _read_json(config).get("chat_template") if config.is_file() else None
     return found if isinstance(found, str) else json.dumps(found) if found else ""
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _PASSING_CONFIG_KEYS}
+
+
+def _tokenizer_digest(path: Path) -> str:
+    if path.name != "tokenizer_config.json":
+        return file_sha256(path)
+    config = _read_json(path)
+    return hashlib.sha256(json.dumps(_lasting(config), sort_keys=True).encode()).hexdigest()
 
 
 def describe_base(name: str, folder: Path, quantization: Quantization) -> Base:
@@ -133,16 +178,14 @@ def describe_base(name: str, folder: Path, quantization: Quantization) -> Base:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise BaseNotPulledError(f"Base {name!r} is not on this machine ({folder}).", f"Run `hub base pull {name}`.")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = _read_json(config_path)
     weights = _weight_files(folder)
     tokenizer = {path for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()}
     template_digest = hashlib.sha256(_chat_template(folder).encode()).hexdigest()
-    # Keys that name the writer of the file, not the model, must not change the identity.
-    lasting = {key: value for key, value in config.items() if key not in _PASSING_CONFIG_KEYS}
     identity = {
-        "config": lasting,
+        "config": _lasting(config),
         "weights": _cached_digests(folder, weights),
-        "tokenizer": {path.name: file_sha256(path) for path in sorted(tokenizer)},
+        "tokenizer": {path.name: _tokenizer_digest(path) for path in sorted(tokenizer)},
         "chat_template": template_digest,
         "quantization": _QUANTIZATION_RECIPES[quantization],
     }

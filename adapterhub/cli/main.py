@@ -26,14 +26,21 @@ for _group in _GROUPS:
     importlib.import_module(f"adapterhub.cli.{_group}").register(app)
 
 
+def _tell(code: str, what: str, hint: str) -> None:
+    stderr = Console(stderr=True, soft_wrap=True)
+    stderr.print(f"[bold red]error[/] ({code}): {escape(what)}")
+    stderr.print(f"  {escape(hint)}")
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 130 interrupted."""
     try:
         app()
     except AdapterHubError as error:
-        stderr = Console(stderr=True, soft_wrap=True)
-        stderr.print(f"[bold red]error[/] ({error.code}): {escape(error.what)}")
-        stderr.print(f"  {escape(error.hint)}")
+        _tell(error.code, error.what, error.hint)
         sys.exit(error.exit_code)
+    except OSError as error:  # A folder that cannot be written, a full disk: the user's to mend, so no traceback.
+        _tell("system", f"{error}.", "Check that path and its permissions; ADAPTERHUB_HOME moves where data is kept.")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

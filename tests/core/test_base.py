@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,9 @@ def test_the_digest_changes_with_weights_tokenizer_template_and_quantization_and
 
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "0.0"}))
+    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+    circumstances = {"local_files_only": True, "is_local": False, "name_or_path": "/somewhere"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer | circumstances))
     assert describe_base("b", copy, "none").digest == base.digest
 
     digests = {base.digest, describe_base("b", copy, "nf4").digest, describe_base("b", copy, "int8").digest}
@@ -131,6 +137,35 @@ def test_a_folder_of_pickles_is_refused(settings: Settings, tmp_path: Path) -> N
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserInputError, match=r"holds no \*.safetensors file.* convert pickle checkpoints"):
         find_base(str(folder), settings)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json is not valid JSON"),
+        ("config.json", "[]", "config.json holds no JSON object"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", "fetch the real file"),
+        ("model.safetensors", "", "is no safetensors file"),
+    ],
+)
+def test_a_damaged_base_is_named_by_file(
+    settings: Settings, tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    folder = build_base(tmp_path / "a").folder
+    (folder / file).write_text(content)
+    with pytest.raises(UserInputError, match=message):
+        find_base(str(folder), settings)
+
+
+def test_a_home_that_cannot_be_written_ends_in_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    environment = {**os.environ, "ADAPTERHUB_HOME": str(tmp_path / "file")}
+    command = [sys.executable, "-c", "from adapterhub.cli import main; main()", "base", "pull"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error (system)" in done.stderr
+    assert "ADAPTERHUB_HOME moves" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_pull_with_a_wrong_checksum_leaves_no_base(
