@@ -26,7 +26,9 @@ def data() -> None:
 
 @data_app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="JSON lines.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="JSON lines; with --task, the recipe's own data by default.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Check against the recipe of this task.")] = None,
     base: Annotated[str | None, typer.Option(help="Base whose tokenizer counts tokens.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -36,12 +38,17 @@ def check(
 
     from adapterhub.base.catalogue import find_base
     from adapterhub.base.loading import load_tokenizer, quiet_libraries
+    from adapterhub.errors import DataError
     from adapterhub.recipes import default_recipe, load_recipe
     from adapterhub.settings import load_settings
+    from trainer.data.prepare import data_file
     from trainer.data.rows import read_examples
 
     settings = load_settings(base=base)
-    recipe = load_recipe(task, settings) if task else default_recipe("mytask", file)
+    if task is None and file is None:
+        raise DataError("There is nothing to check.", "Name a file of JSON lines, a task with `--task`, or both.")
+    recipe = load_recipe(task, settings) if task else default_recipe("mytask", file or Path())
+    file = file or data_file(recipe.data, settings)
     read_examples(file, recipe)  # Faults of rows come first; they need no base.
     found = find_base(None, settings)
     quiet_libraries()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 
@@ -13,6 +14,8 @@ from adapterhub.errors import AdapterHubError
 
 __all__ = ["app", "main"]
 
+# A folder that cannot be written, a full disk: no bug of ours, so a message instead of a traceback.
+_USERS_TO_MEND = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _GROUPS = ("train", "evaluate", "data", "adapters", "alias", "audit", "serve", "base", "config", "doctor")
 
 app = typer.Typer(
@@ -39,8 +42,10 @@ def main() -> None:
     except AdapterHubError as error:
         _tell(error.code, error.what, error.hint)
         sys.exit(error.exit_code)
-    except OSError as error:  # A folder that cannot be written, a full disk: the user's to mend, so no traceback.
+    except OSError as error:
+        if error.errno not in _USERS_TO_MEND:
+            raise
         _tell("system", f"{error}.", "Check that path and its permissions; ADAPTERHUB_HOME moves where data is kept.")
-        sys.exit(2)
+        sys.exit(1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -18,11 +18,13 @@ def serve(
     host: Annotated[str, typer.Option(help="A loopback address; there are no keys yet.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     max_slots: Annotated[int, typer.Option(min=1, max=1024, help="Adapters on the device at a time.")] = 16,
-    preload: Annotated[str | None, typer.Option(help="Adapters to load first, such as summarize,boolq@v2.")] = None,
+    preload: Annotated[str | None, typer.Option(help="Adapters to load first, such as summarize,ask@v2.")] = None,
     base: Annotated[str | None, typer.Option(help="Base to serve: short name, hub id or folder.")] = None,
     quantization: Annotated[str | None, typer.Option(help="nf4, int8 or none.")] = None,
     kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for keys and values, MiB.")] = 1024,
-    drain_s: Annotated[float, typer.Option(min=0, help="Seconds that answers in flight get at shutdown.")] = 30.0,
+    drain_s: Annotated[
+        float, typer.Option(min=0, max=86400, help="Seconds that answers in flight get at shutdown.")
+    ] = 30.0,
 ) -> None:
     """Serve the base and every adapter made for it; print the URL on stdout when ready. Ctrl-C drains and stops."""
     import logging
