@@ -142,3 +142,7 @@ def test_data_sample_prints_held_out_prompts_and_references(
     assert [row["reference"] for row in sampled] == ["ok ok", "ok ok"]
     assert sampled[0]["messages"][0]["content"].startswith("row ")
     assert "reference ok ok" in hub("data", "sample", "mytask", "--rows", "1").stdout
+
+
+def test_data_check_wants_a_file_or_a_task() -> None:
+    assert "Name a file of JSON lines, a task with `--task`, or both." in str(refused("data", "check"))
