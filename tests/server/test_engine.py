@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -257,13 +256,11 @@ async def test_a_failed_step_ends_its_requests_and_the_engine_goes_on() -> None:
 
 async def test_a_slow_load_does_not_stop_the_others() -> None:
     runner = FakeRunner()
-    runner.load_s = {"slow": 0.3}
+    runner.load_s = {"slow": 2.0}  # Far longer than five requests take, also on a busy machine.
     async with running(runner) as engine:
         slow = asyncio.create_task(tokens_of(engine, request("s", "slow")))
-        started_s = time.monotonic()
         for idx in range(5):
             await tokens_of(engine, request(f"{idx}", "quick"))
-        assert time.monotonic() - started_s < 0.3
         assert not slow.done()
         await slow
     assert runner.loads.count("quick") == 1
