@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub.errors import AdapterMismatchError
-from server.kernels import Kernel, SlotWeights
+from server.kernels import Kernel, Member, SlotWeights
 from server.step_context import current_step
 
 __all__ = ["AdapterLinear", "serving_bias", "serving_weight", "wrap_linears"]
@@ -73,7 +73,9 @@ class AdapterLinear(nn.Module):
         if all(owner < 0 or slots[owner] is None for owner in step.segments.owner):
             return self.base_layer(x)
         rows = x.reshape(-1, x.shape[-1])
-        y = self._kernel.run(self.base_layer, rows, segments=step.segments, slots=slots)
+        y = self.base_layer(self._kernel.scale_inputs(rows, segments=step.segments, slots=slots))
+        members = [Member(0, y.shape[-1], slots)]
+        self._kernel.apply_deltas_(y, rows, segments=step.segments, members=members)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

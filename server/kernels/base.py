@@ -3,7 +3,7 @@
 For token t that uses slot z, at one linear with base weight W and bias:
 
     u = x * in_scale
-    y = out_scale * (W u + delta_scale * (B ((A x) * rank_scale))) + bias
+    y = out_scale * (W u + bias + delta_scale * (B ((A x) * rank_scale * gate))) + out_shift
 
 | method       | A, B   | rank_scale | delta_scale | out_scale               | in_scale |
 |--------------|--------|------------|-------------|-------------------------|----------|
@@ -13,7 +13,11 @@ For token t that uses slot z, at one linear with base weight W and bias:
 | DoRA         | own    | scale      | .           | m / ||W + scale B A||   | .        |
 | IA3          | none   | .          | .           | l, on the bias as well  | or l     |
 
-A dot stands for ones. Sources: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, AdaLoRA
+A dot stands for ones; out_shift is zero unless a method leaves the bias alone. gate is one number per token and rank
+component: the weight the token gives to the expert the component belongs to, ones for slots without experts. A mix of
+adapters is one slot whose rank is the sum of the ranks.
+
+Sources: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, AdaLoRA
 https://arxiv.org/abs/2303.10512, VeRA https://arxiv.org/abs/2310.11454, DoRA https://arxiv.org/abs/2402.09353, IA3
 https://arxiv.org/abs/2205.05638. Batching by segments: Punica, https://arxiv.org/abs/2310.18547.
 
@@ -27,7 +31,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Kernel", "Segments", "SlotWeights"]
+__all__ = ["Kernel", "Member", "Segments", "SlotWeights"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +40,8 @@ class SlotWeights:
 
     a: (R, H); b: (O, R); rank_scale: (R,); delta_scale, out_scale, out_shift: (O,); in_scale: (H,); all in the dtype
     of the activations. out_shift is added at the end: it takes back what out_scale did to the bias of the base layer
-    for methods that leave the bias alone.
+    for methods that leave the bias alone. expert_of_rank: (R,) int64, the column of the gates each rank component is
+    multiplied by; None for a slot without experts.
     """
 
     a: Tensor | None = None
@@ -46,6 +51,7 @@ class SlotWeights:
     out_scale: Tensor | None = None
     out_shift: Tensor | None = None
     in_scale: Tensor | None = None
+    expert_of_rank: Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -54,7 +60,8 @@ class SlotWeights:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that are not None."""
-        fields = (self.a, self.b, self.rank_scale, self.delta_scale, self.out_scale, self.out_shift, self.in_scale)
+        scales = (self.rank_scale, self.delta_scale, self.out_scale, self.out_shift, self.in_scale)
+        fields = (self.a, self.b, *scales, self.expert_of_rank)
         return [tensor for tensor in fields if tensor is not None]
 
 
@@ -69,28 +76,28 @@ class Segments:
     sizes_tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """One of the linears that are packed side by side and read the same x: columns [start, start + width) of y.
+
+    slots: one SlotWeights per slot, None where the slot leaves this linear alone; a live list, read at every call.
+    """
+
+    start: int
+    width: int
+    slots: Sequence[SlotWeights | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One implementation of the formula, in two parts around the product with the base weight.
 
-    scale_inputs(x, segments=, slots=) returns u (T, H); x itself when no segment scales its input.
-    apply_deltas_(y, x, segments=, slots=) turns y (T, O) = W u + bias into the result, in place. x: (T, H), not scaled.
-    slots: one SlotWeights per slot, None where the slot leaves this linear alone.
+    scale_inputs(x, segments=, slots=) returns u (T, H) for one linear; x itself when no segment scales its input.
+    apply_deltas_(y, x, segments=, members=, gates=None) turns y (T, O_total) = W u + bias into the result, in place.
+    x: (T, H), not scaled; gates: (T, K) float32, ones when None. What a row gets does not depend on the order of the
+    segments: it is bit-identical under permutation.
     """
 
     name: str
     scale_inputs: Callable[..., Tensor]
     apply_deltas_: Callable[..., None]
-
-    def run(
-        self,
-        base_product: Callable[[Tensor], Tensor],
-        x: Tensor,
-        *,
-        segments: Segments,
-        slots: Sequence[SlotWeights | None],
-    ) -> Tensor:
-        """Return y (T, O) for x (T, H); base_product maps u (T, H) to a fresh tensor W u + bias (T, O)."""
-        y = base_product(self.scale_inputs(x, segments=segments, slots=slots))
-        self.apply_deltas_(y, x, segments=segments, slots=slots)
-        return y

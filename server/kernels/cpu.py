@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from server.kernels.base import Segments, SlotWeights
+from server.kernels.base import Member, Segments, SlotWeights
 
 __all__ = ["apply_deltas_", "scale_inputs"]
 
@@ -33,27 +33,42 @@ def scale_inputs(x: Tensor, *, segments: Segments, slots: Sequence[SlotWeights |
     return x if u is None else u
 
 
-def apply_deltas_(y: Tensor, x: Tensor, *, segments: Segments, slots: Sequence[SlotWeights | None]) -> None:
-    """Set y[t] = out_scale * (y[t] + delta_scale * (B ((A x[t]) * rank_scale))) + out_shift; y: (T, O), x: (T, H)."""
+def apply_deltas_(
+    y: Tensor, x: Tensor, *, segments: Segments, members: Sequence[Member], gates: Tensor | None = None
+) -> None:
+    """Apply every member to its columns of y (T, O_total), in place; x: (T, H), gates: (T, K) float32."""
+    for member in members:
+        _apply_member_(y.narrow(1, member.start, member.width), x, segments, slots=member.slots, gates=gates)
+
+
+def _apply_member_(
+    y: Tensor, x: Tensor, segments: Segments, *, slots: Sequence[SlotWeights | None], gates: Tensor | None
+) -> None:
+    """Set y[t] to the formula of `server.kernels.base`, given y (T, O) = W u + bias."""
     shared: dict[tuple[int, int], list[_Piece]] = {}
-    xs, ys = x.split(segments.sizes_tokens), y.split(segments.sizes_tokens)
-    for owner, size, x_s, y_s in zip(segments.owner, segments.sizes_tokens, xs, ys, strict=True):
+    start = 0
+    for owner, size in zip(segments.owner, segments.sizes_tokens, strict=True):
         weights = slots[owner] if owner >= 0 and size else None
+        rows = slice(start, start + size)
+        start += size
         if weights is None:
             continue
-        if weights.rank_scale is not None and weights.delta_scale is not None:
-            shared.setdefault((id(weights.a), id(weights.b)), []).append((weights, x_s, y_s))
+        gate = None
+        if gates is not None and weights.expert_of_rank is not None:
+            gate = gates[rows][:, weights.expert_of_rank].to(x.dtype)
+        if gate is None and weights.rank_scale is not None and weights.delta_scale is not None:
+            shared.setdefault((id(weights.a), id(weights.b)), []).append((weights, x[rows], y[rows]))
             continue
         if weights.a is not None and weights.b is not None:
-            _add_delta_(y_s, x_s, weights, weights.a, weights.b)
-        _scale_outputs_(y_s, weights)
+            _add_delta_(y[rows], x[rows], weights, weights.a, weights.b, gate=gate)
+        _scale_outputs_(y[rows], weights)
     for pieces in shared.values():
         _add_shared_deltas_(pieces)
 
 
-def _add_delta_(y: Tensor, x: Tensor, weights: SlotWeights, a: Tensor, b: Tensor) -> None:
-    """Add delta_scale * (B ((A x) * rank_scale)) to y (T, O) in place, for the x (T, H) of one segment."""
-    if weights.rank_scale is None and weights.delta_scale is None:
+def _add_delta_(y: Tensor, x: Tensor, weights: SlotWeights, a: Tensor, b: Tensor, *, gate: Tensor | None) -> None:
+    """Add delta_scale * (B ((A x) * rank_scale * gate)) to y (T, O) in place; x: (T, H), gate: (T, R)."""
+    if weights.rank_scale is None and weights.delta_scale is None and gate is None:
         if x.shape[0] == 1:
             y[0].addmv_(b, torch.mv(a, x[0]))
         else:
@@ -62,6 +77,8 @@ def _add_delta_(y: Tensor, x: Tensor, weights: SlotWeights, a: Tensor, b: Tensor
     v = x @ a.t()
     if weights.rank_scale is not None:
         v *= weights.rank_scale
+    if gate is not None:
+        v *= gate
     if weights.delta_scale is None:
         y.addmm_(v, b.t())
     else:

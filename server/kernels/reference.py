@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from server.kernels.base import Segments, SlotWeights
+from server.kernels.base import Member, Segments, SlotWeights
 
 __all__ = ["apply_deltas_", "scale_inputs"]
 
@@ -33,20 +33,33 @@ def scale_inputs(x: Tensor, *, segments: Segments, slots: Sequence[SlotWeights |
     return u
 
 
-def apply_deltas_(y: Tensor, x: Tensor, *, segments: Segments, slots: Sequence[SlotWeights | None]) -> None:
-    """Set y[t] = out_scale * (y[t] + delta_scale * (B ((A x[t]) * rank_scale))) + out_shift; y: (T, O), x: (T, H)."""
-    for token, weights in _weights_per_token(segments, slots):
-        result = y[token]
-        if weights.a is not None and weights.b is not None:
-            v = weights.a @ x[token]
-            if weights.rank_scale is not None:
-                v = v * weights.rank_scale
-            delta = weights.b @ v
-            if weights.delta_scale is not None:
-                delta = delta * weights.delta_scale
-            result = result + delta
-        if weights.out_scale is not None:
-            result = result * weights.out_scale
-        if weights.out_shift is not None:
-            result = result + weights.out_shift
-        y[token] = result
+def apply_deltas_(
+    y: Tensor, x: Tensor, *, segments: Segments, members: Sequence[Member], gates: Tensor | None = None
+) -> None:
+    """Apply every member to its columns of y (T, O_total), in place; x: (T, H), gates: (T, K) float32."""
+    for member in members:
+        columns = slice(member.start, member.start + member.width)
+        for token, weights in _weights_per_token(segments, member.slots):
+            gate = None
+            if gates is not None and weights.expert_of_rank is not None:
+                gate = gates[token, weights.expert_of_rank]
+            y[token, columns] = _adapted(y[token, columns], x[token], weights, gate=gate)
+
+
+def _adapted(y: Tensor, x: Tensor, weights: SlotWeights, *, gate: Tensor | None) -> Tensor:
+    """Return out_scale * (y + delta_scale * (B ((A x) * rank_scale * gate))) + out_shift; y: (O,), x: (H,)."""
+    if weights.a is not None and weights.b is not None:
+        v = weights.a @ x
+        if weights.rank_scale is not None:
+            v = v * weights.rank_scale
+        if gate is not None:
+            v = v * gate.to(v.dtype)
+        delta = weights.b @ v
+        if weights.delta_scale is not None:
+            delta = delta * weights.delta_scale
+        y = y + delta
+    if weights.out_scale is not None:
+        y = y * weights.out_scale
+    if weights.out_shift is not None:
+        y = y + weights.out_shift
+    return y
