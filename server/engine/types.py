@@ -18,6 +18,7 @@ __all__ = [
     "FinishEvent",
     "FinishReason",
     "GenerateRequest",
+    "OutputRule",
     "SamplingParams",
     "TokenEvent",
     "TokenLogprob",
@@ -27,20 +28,38 @@ __all__ = [
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
+@dataclass(frozen=True, slots=True)
+class OutputRule:
+    """What the whole answer must be. text: the JSON schema or the regular expression; empty for any JSON object."""
+
+    kind: Literal["json_schema", "json_object", "regex"]
+    text: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the answer is drawn.
 
-    temperature: 0 means greedy. seed: any text; None draws a fresh one. stop: strings that end the answer and are not
-    part of it. logprobs: None for none, otherwise the number of alternatives reported beside each chosen token.
+    temperature: 0 means greedy. top_p: share of the probability to draw from. top_k: number of best tokens to draw
+    from, 0 for all. min_p: smallest probability to draw from, as a share of the best token's. repetition_penalty:
+    divides what speaks for a token of the prompt or the answer, 1 for none. presence_penalty, frequency_penalty: taken
+    from the logit of a token of the answer, once and per occurrence. seed: any text; None draws a fresh one. stop:
+    strings that end the answer and are not part of it. logprobs: None for none, otherwise the number of alternatives
+    reported beside each chosen token. output: None for free text.
     """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: str | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    output: OutputRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
