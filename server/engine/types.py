@@ -77,12 +77,17 @@ class AdapterHandle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One answer to generate. adapter: None means the bare base."""
+    """One answer to generate. adapter: None means the bare base.
+
+    tenant: who asks; tenants share the engine fairly and never share computed prompts. priority: lower runs earlier.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     adapter: AdapterHandle | None
     sampling: SamplingParams
+    tenant: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +125,16 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The answer is complete. num_completion_tokens counts token events, the ending token included."""
+    """The answer is complete.
+
+    num_completion_tokens counts token events, the ending token included; num_cached_tokens: prompt tokens that were not
+    computed, because an earlier request had computed them.
+    """
 
     reason: FinishReason
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +152,8 @@ class EngineStatus:
     """What probes and admission look at.
 
     is_alive: false once the engine died of a mistake, so that only a restart helps; retry_after_s: when a refused
-    caller may try again, from the measured rate.
+    caller may try again, from the measured rate; num_cached_prompt_tokens: prompt tokens taken from the prefix cache so
+    far.
     """
 
     is_ready: bool
@@ -150,6 +161,7 @@ class EngineStatus:
     num_running: int
     num_waiting: int
     retry_after_s: int
+    num_cached_prompt_tokens: int = 0
 
 
 class Engine(Protocol):
