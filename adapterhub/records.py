@@ -31,6 +31,11 @@ class Method(StrEnum):
     ADALORA = "adalora"  # https://arxiv.org/abs/2303.10512
     VERA = "vera"  # https://arxiv.org/abs/2310.11454
 
+    @property
+    def is_additive(self) -> bool:
+        """Whether an adapter only adds to what a linear computes, so that weighted sums are defined."""
+        return self not in (Method.DORA, Method.IA3)
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -35,7 +35,7 @@ class NativeEngine:
         self._limits = limits or Limits()
         self._texts = TokenTexts(tokenizer)
         self._stop_ids = frozenset(stop_token_ids(tokenizer))
-        self._loads: Loads[Any] = Loads(runner.load_adapter)
+        self._loads: Loads[Any] = Loads(runner.load_adapter, runner.load_mix)
         self._open: set[Track] = set()
         self._loop: StepLoop | None = None
         self._thread: threading.Thread | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -25,8 +25,11 @@ _T = TypeVar("_T")
 class Loads(Generic[_T]):
     """Loads each adapter once, however many ask for it at the same time. Safe for several threads."""
 
-    def __init__(self, load: Callable[[Path], _T]) -> None:
-        self._load = load
+    def __init__(
+        self, load_adapter: Callable[[Path], _T], load_mix: Callable[[Sequence[tuple[Path, float]]], _T]
+    ) -> None:
+        self._load_adapter = load_adapter
+        self._load_mix = load_mix
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "adapter-load")
         self._lock = threading.Lock()
         self._running: dict[str, Future[_T]] = {}
@@ -66,7 +69,9 @@ class Loads(Generic[_T]):
     def _load_unless_stopped(self, handle: AdapterHandle) -> _T:
         if self._is_stopped:
             raise OverloadedError("The server is shutting down.", "Ask another server, or again later.")
-        return self._load(handle.open_view())
+        if handle.is_mix:
+            return self._load_mix([(part.open_view(), part.weight) for part in handle.parts])
+        return self._load_adapter(handle.parts[0].open_view())
 
     def stop(self) -> None:
         """Start no further load; those that wait for a thread fail."""

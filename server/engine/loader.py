@@ -39,12 +39,12 @@ _UNIT_TOLERANCE = 1e-6
 class LoadedAdapter:
     """An adapter on the device of the model, ready to be written into a slot.
 
-    modules: name of a linear -> what the adapter does there. size_bytes: its own tensors, without shared projections.
-    projections: the VeRA projections it uses, kept alive here.
+    methods: one, or those of the members of a mix. modules: name of a linear -> what the adapter does there.
+    size_bytes: its own tensors, without shared projections. projections: the VeRA projections it uses, kept alive here.
     """
 
     base_digest: str
-    method: Method
+    methods: tuple[Method, ...]
     modules: Mapping[str, SlotWeights]
     size_bytes: int
     projections: Projections | None = None
@@ -76,7 +76,7 @@ def load_adapter(view: Path, base: Base, model: nn.Module) -> LoadedAdapter:
         _check_finite(modules[module].tensors(), what=f"what {module!r} adds to the base")
     _check_effect(view, config, modules)
     size_bytes = sum(_own_bytes(weights, projections) for weights in modules.values())
-    return LoadedAdapter(base.digest, config.method, modules, size_bytes, projections)
+    return LoadedAdapter(base.digest, (config.method,), modules, size_bytes, projections)
 
 
 def _check_base(view: Path, base: Base) -> None:

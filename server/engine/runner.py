@@ -30,6 +30,7 @@ from server.engine.attention import (
     register_paged_attention,
 )
 from server.engine.loader import LoadedAdapter, load_adapter
+from server.engine.mix import load_mix
 from server.kernels import Segments, pick_kernel
 from server.layers import wrap_linears
 from server.step_context import StepContext, step_context
@@ -105,6 +106,10 @@ class Runner:
     def load_adapter(self, view: Path) -> LoadedAdapter:
         """Load the adapter of a view for this model; see `server.engine.loader.load_adapter`. Touches no slot."""
         return load_adapter(view, self.base, self.model)
+
+    def load_mix(self, parts: Sequence[tuple[Path, float]]) -> LoadedAdapter:
+        """Load the weighted sum of the adapters of several views; see `server.engine.mix.load_mix`. Touches no slot."""
+        return load_mix(parts, self.base, self.model)
 
     def write_slot(self, slot: int, adapter: LoadedAdapter) -> int:
         """Put an adapter into a slot and return the new epoch; whatever was there before is gone from every linear."""

@@ -57,6 +57,10 @@ class StepRunner(Protocol):
         """Load the adapter of a view; called in other threads."""
         ...
 
+    def load_mix(self, parts: Sequence[tuple[Path, float]]) -> Any:
+        """Load the weighted sum of the adapters of several views; called in other threads."""
+        ...
+
     def write_slot(self, slot: int, adapter: Any) -> int:
         """Put an adapter into a slot and return the new epoch."""
         ...

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+import hashlib
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
+
+import rfc8785
 
 from adapterhub.errors import AdapterHubError
 
 __all__ = [
     "AdapterHandle",
+    "AdapterPart",
     "Engine",
     "EngineStatus",
     "ErrorEvent",
@@ -63,16 +67,53 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterHandle:
-    """One published adapter. digest: serving digest, the identity; label: for people only.
+class AdapterPart:
+    """One published adapter and the factor on what it adds. digest: serving digest; label: for people only.
 
     open_view: checks its PEFT folder, or builds it, and names it. Takes a while; called whenever the adapter is loaded,
     in the thread that loads it.
     """
 
     digest: str
-    open_view: Callable[[], Path]
     label: str
+    weight: float
+    open_view: Callable[[], Path]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterHandle:
+    """What a request runs with: one published adapter, or a weighted mix of several.
+
+    digest: the identity, of the adapter or of the mix; label: for people only; parts: sorted by digest, each digest
+    once.
+    """
+
+    digest: str
+    label: str
+    parts: tuple[AdapterPart, ...]
+
+    @classmethod
+    def alone(cls, digest: str, open_view: Callable[[], Path], label: str) -> Self:
+        """One adapter as it was published."""
+        return cls(digest, label, (AdapterPart(digest, label, 1.0, open_view),))
+
+    @classmethod
+    def mixed(cls, parts: Iterable[AdapterPart]) -> Self:
+        """The weighted sum of adapters with distinct digests; one part of weight 1 is that adapter.
+
+        The digest of a mix is sha256 over the canonical JSON (RFC 8785) of its [digest, weight] pairs, sorted.
+        """
+        ordered = tuple(sorted(parts, key=lambda part: part.digest))
+        if len(ordered) == 1 and ordered[0].weight == 1:
+            return cls(ordered[0].digest, ordered[0].label, ordered)
+        pairs = rfc8785.dumps([[part.digest, part.weight] for part in ordered])
+        named = sorted(f"{part.label}:{rfc8785.dumps(part.weight).decode()}" for part in ordered)
+        return cls(hashlib.sha256(pairs).hexdigest(), f"mix({','.join(named)})", ordered)
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether loading takes more than opening one published adapter."""
+        return len(self.parts) != 1 or any(part.weight != 1 for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

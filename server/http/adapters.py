@@ -85,7 +85,7 @@ class AdapterNames:
         version = self.store.get_version(reference)
         self.check_base(version)
         open_view = partial(self.store.view, version.serving_digest)
-        handle = AdapterHandle(version.serving_digest, open_view, version.label)
+        handle = AdapterHandle.alone(version.serving_digest, open_view, version.label)
         info = AdapterInfo(task=version.task, version=version.number, digest=f"sha256:{version.serving_digest}")
         return AdapterChoice(version.label, info, handle)
 

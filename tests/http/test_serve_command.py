@@ -121,7 +121,7 @@ async def test_a_client_that_never_ends_its_body_does_not_hold_up_shutdown(lab) 
 
 
 async def test_a_preload_that_fails_stops_the_start(lab) -> None:
-    handle = AdapterHandle("d", lambda: Path("view"), "summarize@v1")
+    handle = AdapterHandle.alone("d", lambda: Path("view"), "summarize@v1")
     app = create_app(lab.engine(broken=["d"]), lab.store, lab.base, lab.tokenizer)
     with bind("127.0.0.1", 0) as listener, pytest.raises(AdapterLoadError, match="'summarize@v1' cannot be loaded"):
         await run(app, listener, preload=[handle], drain_s=1, on_ready=lambda: None)

@@ -31,7 +31,7 @@ BASE = Base("tiny", Path(), "none", "0" * 64, "1" * 64, 128, {})
 
 
 def handle(name: str) -> AdapterHandle:
-    return AdapterHandle(f"digest-{name}", lambda: Path(name), f"{name}@v1")
+    return AdapterHandle.alone(f"digest-{name}", lambda: Path(name), f"{name}@v1")
 
 
 def request(name: str, adapter: str | None = None, *, prompt: str = "hello", max_tokens: int = 8, **sampling):
@@ -46,7 +46,7 @@ def request(name: str, adapter: str | None = None, *, prompt: str = "hello", max
 def expected_answer(asked: GenerateRequest) -> list[int]:
     history = list(asked.prompt_token_ids)
     for _ in range(asked.sampling.max_tokens):
-        history.append(expected_token(history, asked.adapter.open_view().name if asked.adapter else ""))
+        history.append(expected_token(history, asked.adapter.parts[0].open_view().name if asked.adapter else ""))
     return history[len(asked.prompt_token_ids) :]
 
 

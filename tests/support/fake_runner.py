@@ -53,6 +53,9 @@ class FakeRunner:
             raise ValueError("half a tensor")
         return view.name
 
+    def load_mix(self, parts: Sequence[tuple[Path, float]]) -> str:
+        return "+".join(f"{weight:g}*{self.load_adapter(view)}" for view, weight in parts)
+
     def write_slot(self, slot: int, adapter: str) -> int:
         assert threading.current_thread().name == "steps"
         if adapter in self.broken_writes:
