@@ -1,0 +1,1 @@
+"""Environments of the systems we measure beside ours, each in a virtual environment of its own."""
