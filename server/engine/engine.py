@@ -15,6 +15,7 @@ from adapterhub.base.identity import Base
 from adapterhub.base.prompts import stop_token_ids
 from adapterhub.errors import AdapterLoadError, ContextTooLongError, OverloadedError, RequestError
 from server.engine.detokenize import TokenTexts
+from server.engine.grammar import Grammars
 from server.engine.host import Loads
 from server.engine.sampling import Sampler
 from server.engine.scheduler import Limits
@@ -35,6 +36,7 @@ class NativeEngine:
         self._limits = limits or Limits()
         self._texts = TokenTexts(tokenizer)
         self._stop_ids = frozenset(stop_token_ids(tokenizer))
+        self._grammars = Grammars(tokenizer, sorted(self._stop_ids), num_tokens=self._texts.num_tokens)
         self._loads: Loads[Any] = Loads(runner.load_adapter, runner.load_mix)
         self._open: set[Track] = set()
         self._loop: StepLoop | None = None
@@ -78,10 +80,11 @@ class NativeEngine:
         """Yield token events and then exactly one terminal event; closing the generator cancels the request.
 
         Raises OverloadedError when the queue is full or the engine is not running, ContextTooLongError, and
-        RequestError for tokens the model does not know.
+        RequestError for tokens the model does not know or an output rule that cannot be used.
         """
+        matcher = await self._grammars.matcher(request.sampling.output)
         loop = self._admit(request)
-        track = Track(request, self._tokenizer, self._stop_ids)
+        track = Track(request, self._tokenizer, self._stop_ids, matcher=matcher)
         self._open.add(track)
         is_finished = False
         try:

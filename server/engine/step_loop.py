@@ -308,12 +308,12 @@ class StepLoop:
         return events
 
     def _continue(self, row: Row, track: Track, logits: Tensor) -> list[Event]:
-        """Return the events of the new token, or of its absence because the logits (V,) are not finite."""
+        """Return the events of the new token, or why there is none; logits: (V,)."""
         (result,) = self._sampler.sample(logits[None], [track.draw])
-        if result is None:
-            return [ErrorEvent(_not_finite(track))]
-        self._scheduler.advance(row, result[0])
-        return track.accept(*result)
+        if isinstance(result, AdapterHubError):
+            return [ErrorEvent(result)]
+        self._scheduler.advance(row, result.token_id)
+        return track.accept(result.token_id, result.logprob)
 
     def _fail(self, sequences: Sequence[SequenceState], error: AdapterHubError) -> None:
         """End requests with an error."""
@@ -357,12 +357,3 @@ def _stopping() -> OverloadedError:
 def _cannot_continue(track: Track, exc: Exception) -> AdapterHubError:
     what = f"The answer to request {track.request.request_id!r} cannot be continued: {_reason(exc)}"
     return AdapterHubError(what, "Report the request with the server's log.")
-
-
-def _not_finite(track: Track) -> AdapterHubError:
-    adapter = track.request.adapter
-    name = "the base" if adapter is None else f"adapter {adapter.label!r}"
-    return AdapterHubError(
-        f"The model gave values that are not finite with {name}.",
-        "Choose another version; the adapter may have been trained with too high a learning rate.",
-    )
