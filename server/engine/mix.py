@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from adapterhub.base import Base
 from adapterhub.errors import AdapterLoadError
 from server.engine.loader import LoadedAdapter, load_adapter
+from server.engine.types import MAX_STACKED_RANK
 from server.kernels import SlotWeights
 
-__all__ = ["MAX_STACKED_RANK", "load_experts", "load_mix"]
-
-# Ranks side by side in one linear. Rank 1024 costs as much as a dense 1024-wide linear; more is no adapter any more.
-MAX_STACKED_RANK = 1024
+__all__ = ["load_experts", "load_mix"]
 
 
 def load_mix(parts: Sequence[tuple[Path, float]], base: Base, model: nn.Module) -> LoadedAdapter:

@@ -13,6 +13,7 @@ import rfc8785
 from adapterhub.errors import AdapterHubError
 
 __all__ = [
+    "MAX_STACKED_RANK",
     "AdapterHandle",
     "AdapterPart",
     "Engine",
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+# Ranks side by side in one linear. Rank 1024 costs as much as a dense 1024-wide linear; more is no adapter any more.
+MAX_STACKED_RANK = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 __all__ = [
     "AdapterInfo",
@@ -26,6 +26,7 @@ __all__ = [
     "Envelope",
     "ErrorBody",
     "ErrorDetail",
+    "MixMember",
     "ModelCard",
     "ModelList",
     "Usage",
@@ -49,12 +50,25 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class MixMember(BaseModel):
+    """One adapter of a mix and the factor on what it adds."""
+
+    task: str
+    version: int
+    digest: str
+    weight: float
+
+
 class AdapterInfo(BaseModel):
-    """Which adapter answered. task is `base`, and version and digest are null, for the bare base."""
+    """Which adapter answered. task is `base`, and version and digest are null, for the bare base.
+
+    members: only for a mix, whose task is `mix`, whose version is null and whose digest covers members and weights.
+    """
 
     task: str
     version: int | None
     digest: str | None
+    members: list[MixMember] | None = Field(default=None, exclude_if=lambda members: members is None)
 
 
 class Usage(BaseModel):

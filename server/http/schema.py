@@ -143,7 +143,9 @@ class GenerationBody(_Body):
     default_tokens: ClassVar[int | None] = None
     model: str | None = Field(None, description="The base, or an adapter for clients that cannot send `adapter`.")
     adapter: str | dict[str, JsonValue] | None = Field(
-        None, description="task, task@v3, task@alias, task@sha256:<digest>, sha256:<digest> or base."
+        None,
+        description="task, task@v3, task@alias, task@sha256:<digest>, sha256:<digest> or base; or a weighted sum of "
+        'several, {"mix": {name: weight}}.',
     )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1 by default, as OpenAI has it.")
     top_p: float | None = Field(None, gt=0, le=1)

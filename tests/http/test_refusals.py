@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import httpx
 import pytest
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
-LIMITS = "Name one adapter: task, task@v3, task@alias, task@sha256:<digest> or base."
+LIMITS = (
+    "Name one adapter: task, task@v3, task@alias, task@sha256:<digest> or base; "
+    'or send several, {"mix": {name: weight}}.'
+)
 
 
 def _error(response: httpx.Response, status: int) -> dict:
@@ -21,7 +25,7 @@ def _error(response: httpx.Response, status: int) -> dict:
     return error
 
 
-def _chat_error(client: httpx.Client, status: int = 400, **fields) -> tuple[str, str | None, str]:
+def _chat_error(client: httpx.Client, status: int = 400, **fields: Any) -> tuple[str, str | None, str]:
     error = _error(client.post(CHAT, json={"messages": HELLO} | fields), status)
     return error["message"], error["param"], error["code"]
 
@@ -47,19 +51,19 @@ def test_names_that_do_not_parse_are_refused(client: httpx.Client, name: str) ->
     assert "Allowed" in message
 
 
-@pytest.mark.parametrize(
-    ("value", "word"),
-    [("auto", "auto"), ({"mix": {"summarize": 0.7, "boolq": 0.3}}, "mix"), ({"gate": "default"}, "gate")],
-)
-def test_choices_of_later_releases_are_refused_by_name(client: httpx.Client, value: object, word: str) -> None:
+@pytest.mark.parametrize("word", ["auto", "mix:a=0.5", "gate:default"])
+@pytest.mark.parametrize("field", ["adapter", "model"])
+def test_words_that_choose_no_adapter_are_refused(client: httpx.Client, word: str, field: str) -> None:
+    message, param, code = _chat_error(client, 400, **{field: word})
+    assert message == f"This server does not know the adapter choice {word!r}. {LIMITS}"
+    assert (param, code) == (field, "unsupported_field")
+
+
+@pytest.mark.parametrize("value", [{"name": "x"}, {"gate": "default"}, {}, {"mix": {"summarize": 1}, "name": "x"}])
+def test_objects_that_are_no_mix_are_refused(client: httpx.Client, value: dict) -> None:
     message, param, code = _chat_error(client, adapter=value)
-    assert message == f"The adapter choice {word!r} is not supported by this server yet. {LIMITS}"
+    assert message == f"The object {value!r} is no adapter. {LIMITS}"
     assert (param, code) == ("adapter", "unsupported_field")
-
-
-def test_other_objects_and_model_words_are_refused_too(client: httpx.Client) -> None:
-    assert _chat_error(client, adapter={"name": "x"})[0] == f"The object {{'name': 'x'}} is no adapter. {LIMITS}"
-    assert _chat_error(client, model="mix:a=0.5")[1:] == ("model", "unsupported_field")
 
 
 def test_adapter_and_model_that_differ_are_a_conflict(client: httpx.Client) -> None:
@@ -104,7 +108,7 @@ def test_unknown_fields_are_refused_with_a_near_match(client: httpx.Client) -> N
     ],
 )
 def test_unsupported_fields_are_refused_by_name(client: httpx.Client, field: str, value: object, hint: str) -> None:
-    message, param, code = _chat_error(client, **{field: value})
+    message, param, code = _chat_error(client, 400, **{field: value})
     assert message == f"Field {field!r} with the value {value!r} is not supported by this server. {hint}"
     assert (param, code) == (field, "unsupported_field")
 
