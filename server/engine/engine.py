@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from adapterhub.base.identity import Base
@@ -16,9 +17,10 @@ from adapterhub.base.prompts import stop_token_ids
 from adapterhub.errors import AdapterLoadError, ContextTooLongError, OverloadedError, RequestError
 from server.engine.detokenize import TokenTexts
 from server.engine.grammar import Grammars
-from server.engine.host import Loads
+from server.engine.host import Loads, load_parts
+from server.engine.residency import Tier
 from server.engine.sampling import Sampler
-from server.engine.scheduler import Limits
+from server.engine.sequence import Limits
 from server.engine.step_loop import StepLoop, StepRunner
 from server.engine.track import Track
 from server.engine.types import AdapterHandle, EngineStatus, Event, GenerateRequest, TokenEvent
@@ -37,7 +39,9 @@ class NativeEngine:
         self._texts = TokenTexts(tokenizer)
         self._stop_ids = frozenset(stop_token_ids(tokenizer))
         self._grammars = Grammars(tokenizer, sorted(self._stop_ids), num_tokens=self._texts.num_tokens)
-        self._loads: Loads[Any] = Loads(runner.load_adapter, runner.load_mix)
+        self._loads: Loads[Any] = Loads(
+            partial(load_parts, runner), listener=self, timeout_s=self._limits.load_timeout_s
+        )
         self._open: set[Track] = set()
         self._loop: StepLoop | None = None
         self._thread: threading.Thread | None = None
@@ -61,7 +65,8 @@ class NativeEngine:
             self._runner,
             Sampler(self._texts),
             limits=self._limits,
-            request_load=self._start_load,
+            base_digest=self._base.digest,
+            request_load=self._loads.start,
             loop=asyncio.get_running_loop(),
         )
         self._thread = threading.Thread(target=self._loop.run, name="steps", daemon=True)
@@ -80,7 +85,7 @@ class NativeEngine:
         """Yield token events and then exactly one terminal event; closing the generator cancels the request.
 
         Raises OverloadedError when the queue is full or the engine is not running, ContextTooLongError, and
-        RequestError for tokens the model does not know or an output rule that cannot be used.
+        RequestError for an empty prompt, tokens the model does not know or an output rule that cannot be used.
         """
         matcher = await self._grammars.matcher(request.sampling.output)
         loop = self._admit(request)
@@ -99,6 +104,8 @@ class NativeEngine:
                 loop.cancel(track)
 
     def _admit(self, request: GenerateRequest) -> StepLoop:
+        if not request.prompt_token_ids:
+            raise RequestError(f"Request {request.request_id!r} has a prompt of 0 tokens.", "Send at least one.")
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
         if num_tokens > self.context_tokens:
             raise ContextTooLongError(
@@ -124,16 +131,19 @@ class NativeEngine:
             )
         return self._loop
 
-    def _start_load(self, handle: AdapterHandle) -> Future[Any]:
-        return self._loads.start(handle, self._on_loaded)
-
-    def _on_loaded(self, handle: AdapterHandle, future: Future[Any]) -> None:
+    def on_loaded(self, handle: AdapterHandle, outcome: Future[Any], *, load_s: float) -> None:
+        """Pass the outcome of a load on to the step thread."""
         assert self._loop is not None
-        error = future.exception()
+        error = outcome.exception()
         if isinstance(error, AdapterLoadError):
-            self._loop.put_loaded(handle, None, error)
+            self._loop.put_loaded(handle, None, error, load_s=load_s)
         else:
-            self._loop.put_loaded(handle, future.result(), None)
+            self._loop.put_loaded(handle, outcome.result(), None, load_s=load_s)
+
+    def on_slow(self, handle: AdapterHandle) -> None:
+        """Pass on that a load takes long."""
+        assert self._loop is not None
+        self._loop.put_slow(handle)
 
     async def load(self, handle: AdapterHandle) -> None:
         """Load an adapter, and write it into a slot at once if one has no user.
@@ -142,12 +152,16 @@ class NativeEngine:
         """
         if self._loop is None or not self.status().is_ready:
             raise OverloadedError("The engine is not running.", "Start it first.")
-        if not self._loop.is_near(handle.digest):
-            await asyncio.wrap_future(self._start_load(handle))
+        if handle.digest not in self.residency():
+            await asyncio.wrap_future(self._loads.start(handle))
 
     def resident(self) -> list[str]:
         """Digests that are on the device or on the host."""
-        return [] if self._loop is None else self._loop.near_digests()
+        return list(self.residency())
+
+    def residency(self) -> dict[str, Tier]:
+        """Return the tier of each resident digest."""
+        return {} if self._loop is None else self._loop.tiers()
 
     def check_integrity(self) -> None:
         """Check blocks and slots while nothing runs. Raises EngineStateError."""
@@ -167,4 +181,5 @@ class NativeEngine:
             num_running=num_running,
             num_waiting=num_waiting,
             retry_after_s=loop.retry_after_s(num_waiting),
+            num_cached_prompt_tokens=loop.num_cached_tokens,
         )

@@ -1,83 +1,185 @@
-"""Adapters on their way to the device: loaded from disk in threads of their own, away from the step loop.
+"""Adapters on their way to the host: loaded from disk in threads of their own, away from the step loop.
 
-Knows digests and outcomes. What a loaded adapter is, is the runner's business.
+A load that takes long gives its turn to the next one; a load that takes too long fails, although its thread cannot be
+ended. Knows handles and outcomes. What a loaded adapter is, is the runner's business.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError
 from server.engine.types import AdapterHandle
 
-__all__ = ["Loads"]
+__all__ = ["AdapterLoader", "LoadListener", "Loads", "load_parts"]
 
 _log = logging.getLogger(__name__)
-_NUM_THREADS = 2  # One slow disk must not hold up every other adapter.
+_NUM_TURNS = 2  # Loads at a time that are not slow: more would take the processor from the steps.
+_SLOW_S = 2.0  # Far longer than a healthy disk takes; from then on the load's turn goes to another.
+_MAX_THREADS = 64  # Slow loads included.
 _T = TypeVar("_T")
+
+
+class AdapterLoader(Protocol):
+    """What loading needs of `server.engine.runner.Runner`."""
+
+    def load_adapter(self, view: Path) -> Any:
+        """Load the adapter of a view."""
+        ...
+
+    def load_mix(self, parts: Sequence[tuple[Path, float]]) -> Any:
+        """Load the weighted sum of the adapters of some views."""
+        ...
+
+
+class LoadListener(Protocol):
+    """Who hears of loads, in any thread."""
+
+    def on_loaded(self, handle: AdapterHandle, outcome: Future[Any], *, load_s: float) -> None:
+        """Take the outcome of a load, once per load; and again when one that timed out is asked for again."""
+        ...
+
+    def on_slow(self, handle: AdapterHandle) -> None:
+        """Hear that a load takes long."""
+        ...
+
+
+def load_parts(runner: AdapterLoader, handle: AdapterHandle) -> Any:
+    """Load what a handle names: one adapter as it is, or a weighted mix."""
+    if len(handle.parts) == 1 and handle.parts[0].weight == 1:
+        return runner.load_adapter(handle.parts[0].open_view())
+    return runner.load_mix([(part.open_view(), part.weight) for part in handle.parts])
+
+
+@dataclass(slots=True, eq=False)
+class _Load(Generic[_T]):
+    """One load. started_s: None while it waits for its turn; is_settled: whether its outcome is known."""
+
+    handle: AdapterHandle
+    future: Future[_T] = field(default_factory=Future[Any])
+    started_s: float | None = None
+    is_slow: bool = False
+    is_settled: bool = False
 
 
 class Loads(Generic[_T]):
     """Loads each adapter once, however many ask for it at the same time. Safe for several threads."""
 
-    def __init__(
-        self, load_adapter: Callable[[Path], _T], load_mix: Callable[[Sequence[tuple[Path, float]]], _T]
-    ) -> None:
-        self._load_adapter = load_adapter
-        self._load_mix = load_mix
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, "adapter-load")
-        self._lock = threading.Lock()
-        self._running: dict[str, Future[_T]] = {}
+    def __init__(self, load: Callable[[AdapterHandle], _T], listener: LoadListener, *, timeout_s: float) -> None:
+        self._load = load
+        self._listener = listener
+        self._timeout_s = timeout_s
+        self._changed = threading.Condition()
+        self._loads: dict[str, _Load[_T]] = {}
+        self._queue: deque[_Load[_T]] = deque()
         self._is_stopped = False
+        self._watcher: threading.Thread | None = None
 
-    def start(self, handle: AdapterHandle, on_done: Callable[[AdapterHandle, Future[_T]], None]) -> Future[_T]:
-        """Begin to load, unless that adapter is being loaded; `on_done` is called once per load, in its thread.
+    def start(self, handle: AdapterHandle) -> Future[_T]:
+        """Begin to load, unless that adapter is being loaded.
 
         The future fails with AdapterLoadError and cannot be cancelled, because others may wait for it too. Raises
         OverloadedError after `stop`.
         """
-        with self._lock:
+        with self._changed:
             if self._is_stopped:
                 raise OverloadedError("The server is shutting down.", "Send the request again later.")
-            if handle.digest in self._running:
-                return self._running[handle.digest]
-            future: Future[_T] = Future()
-            future.set_running_or_notify_cancel()
-            self._running[handle.digest] = future
-            self._threads.submit(self._run, handle, future, on_done)
-        return future
-
-    def _run(
-        self, handle: AdapterHandle, future: Future[_T], on_done: Callable[[AdapterHandle, Future[_T]], None]
-    ) -> None:
-        try:
-            future.set_result(self._load_unless_stopped(handle))
-        except BaseException as exc:  # One broken adapter must not end the thread; its requests hear of it.
-            if not isinstance(exc, AdapterHubError):
-                _log.exception("adapter %s cannot be loaded", handle.label)
-            future.set_exception(_load_error(handle, exc))
-        finally:
-            with self._lock:
-                del self._running[handle.digest]
-            on_done(handle, future)
-
-    def _load_unless_stopped(self, handle: AdapterHandle) -> _T:
-        if self._is_stopped:
-            raise OverloadedError("The server is shutting down.", "Ask another server, or again later.")
-        if handle.is_mix:
-            return self._load_mix([(part.open_view(), part.weight) for part in handle.parts])
-        return self._load_adapter(handle.parts[0].open_view())
+            load = self._loads.get(handle.digest)
+            is_timed_out = load is not None and load.is_settled
+            if load is None:
+                load = self._loads[handle.digest] = _Load(handle)
+                load.future.set_running_or_notify_cancel()
+                self._queue.append(load)
+                self._begin()
+        if is_timed_out:
+            self._listener.on_loaded(handle, load.future, load_s=self._timeout_s)
+        return load.future
 
     def stop(self) -> None:
-        """Start no further load; those that wait for a thread fail."""
-        with self._lock:
+        """Start no further load; those that wait for their turn fail."""
+        with self._changed:
             self._is_stopped = True
-        self._threads.shutdown(wait=False)
+            waiting = list(self._queue)
+            self._queue.clear()
+            for load in waiting:
+                del self._loads[load.handle.digest]
+            self._changed.notify()
+        for load in waiting:
+            self._settle(load, OverloadedError("The server is shutting down.", "Ask another server, or again later."))
+
+    def _begin(self) -> None:
+        """Start the threads of loads whose turn it is; the caller holds the lock."""
+        begun = [load for load in self._loads.values() if load.started_s is not None]
+        num_turns = min(_NUM_TURNS - sum(not load.is_slow for load in begun), _MAX_THREADS - len(begun))
+        for _ in range(min(num_turns, len(self._queue))):
+            load = self._queue.popleft()
+            load.started_s = time.monotonic()
+            threading.Thread(target=self._run, args=(load,), name="adapter-load", daemon=True).start()
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, name="adapter-load-watch", daemon=True)
+            self._watcher.start()
+        self._changed.notify()
+
+    def _run(self, load: _Load[_T]) -> None:
+        try:
+            outcome: _T | BaseException = self._load(load.handle)
+        except BaseException as exc:  # One broken adapter must not end anything else; its requests hear of it.
+            if not isinstance(exc, AdapterHubError):
+                _log.exception("adapter %s cannot be loaded", load.handle.label)
+            outcome = exc
+        with self._changed:
+            del self._loads[load.handle.digest]
+            self._begin()
+        self._settle(load, outcome)
+
+    def _settle(self, load: _Load[_T], outcome: _T | BaseException) -> None:
+        """Make an outcome known, unless the load timed out before."""
+        with self._changed:
+            if load.is_settled:
+                return
+            load.is_settled = True
+        load_s = 0.0 if load.started_s is None else time.monotonic() - load.started_s
+        if isinstance(outcome, BaseException):
+            load.future.set_exception(_load_error(load.handle, outcome))
+        else:
+            load.future.set_result(outcome)
+        self._listener.on_loaded(load.handle, load.future, load_s=load_s)
+
+    def _watch(self) -> None:
+        """Find loads that are slow or take too long, until all have ended after `stop`."""
+        while True:
+            with self._changed:
+                if self._is_stopped and not self._loads:
+                    return
+                now = time.monotonic()
+                running = [load for load in self._loads.values() if load.started_s is not None and not load.is_settled]
+                slow = [load for load in running if not load.is_slow and now - _started(load) >= _SLOW_S]
+                late = [load for load in running if now - _started(load) >= self._timeout_s]
+                for load in {*slow, *late}:
+                    load.is_slow = True
+                if slow or late:
+                    self._begin()
+                else:
+                    due = [_started(load) + (self._timeout_s if load.is_slow else _SLOW_S) - now for load in running]
+                    due += [_started(load) + self._timeout_s - now for load in running]
+                    self._changed.wait(min(due, default=None))
+            for load in slow:
+                self._listener.on_slow(load.handle)
+            for load in late:
+                self._settle(load, TimeoutError(f"it takes longer than {self._timeout_s:g} s"))
+
+
+def _started(load: _Load[Any]) -> float:
+    assert load.started_s is not None
+    return load.started_s
 
 
 def _load_error(handle: AdapterHandle, exc: BaseException) -> AdapterLoadError:

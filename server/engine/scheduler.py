@@ -2,96 +2,43 @@
 
 Continuous batching (https://www.usenix.org/conference/osdi22/presentation/yu) with chunked prefill
 (https://arxiv.org/abs/2308.16369): sequences that decode run in every step, prompts share what is left of the token
-budget. First come, first served. Knows no tensors, tokens' meaning, names or clients.
+budget. When blocks run out, the least urgent sequence gives way and computes its tokens again later. Who starts next is
+the business of `server.engine.fairness`. Knows no tensors, tokens' meaning, names or clients.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Container
-from dataclasses import dataclass, field
-from itertools import count
+from itertools import takewhile
 
 from server.engine.blocks import BlockPool
+from server.engine.fairness import FairQueue
+from server.engine.prefix import block_hash, root_hash
+from server.engine.sequence import Limits, Row, Sequence, StepPlan
+from server.engine.slot_plan import SlotPlan
 from server.engine.slots import BASE_SLOT, SlotTable
 
-__all__ = ["Limits", "Row", "Scheduler", "Sequence", "StepPlan"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How much at once.
-
-    max_sequences: rows of one step. max_step_tokens: tokens of one step; a CPU computes about this many per second with
-    a model of 135 million parameters, so a long prompt delays the others' next token by at most that. max_waiting and
-    max_waiting_tokens: beyond this the queue is full.
-    """
-
-    max_sequences: int = 32
-    max_step_tokens: int = 256
-    max_waiting: int = 256
-    max_waiting_tokens: int = 1 << 20
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One answer in the making. token_ids: prompt and answer so far; num_computed: how many have keys and values."""
-
-    request_id: str
-    digest: str | None
-    token_ids: list[int]
-    num_computed: int = 0
-    block_ids: list[int] = field(default_factory=list[int])
-    slot: int | None = None
-    arrival: int = 0
-
-    @property
-    def num_left(self) -> int:
-        """Tokens whose keys and values are missing; one for a sequence that decodes."""
-        return len(self.token_ids) - self.num_computed
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """The next tokens of one sequence.
-
-    start: position of the first; is_sampled: whether they reach the end, so that their logits give a new token.
-    """
-
-    sequence: Sequence
-    start: int
-    token_ids: tuple[int, ...]
-    is_sampled: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step.
-
-    writes: (slot, digest) to write before it; missing: digests to load before they can be written; epoch: the number of
-    slot writes after which the rows may run, those of the plan included.
-    """
-
-    rows: tuple[Row, ...]
-    writes: tuple[tuple[int, str], ...]
-    missing: tuple[str, ...]
-    epoch: int
+__all__ = ["Scheduler"]
 
 
 class Scheduler:
     """Holds every sequence from `add` to `finish` and plans steps.
 
-    Waiting is bounded: when the first waiting sequence lacks only a slot, no later one with an adapter may pass it, so
-    it waits at most for the sequences that run now. Sequences of the bare base need no slot and may pass.
+    Waiting is bounded. The order in which sequences start is fair, and a loaded adapter that lacks only a slot has one
+    reserved: the one in use that is free soonest takes no further sequence, while those of all other slots go on.
+
+    base_digest: part of the identity of computed blocks.
     """
 
-    def __init__(self, slots: SlotTable, blocks: BlockPool, limits: Limits) -> None:
+    def __init__(self, slots: SlotTable, blocks: BlockPool, limits: Limits, *, base_digest: str = "") -> None:
         self._slots = slots
         self._blocks = blocks
         self._limits = limits
-        self._waiting: deque[Sequence] = deque()
+        self._base_digest = base_digest
+        self._waiting = FairQueue(lead_tokens=limits.lead_tokens, ageing_steps=limits.ageing_steps)
         self._running: list[Sequence] = []
-        self._arrivals = count()
+        self.wanted: tuple[str, ...] = ()
+        self.num_cached_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -104,9 +51,10 @@ class Scheduler:
         return len(self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the queue."""
-        sequence.arrival = next(self._arrivals)
-        self._waiting.append(sequence)
+        """Let a sequence wait for its turn."""
+        if self._limits.prefix_cache:
+            sequence.hashes = [root_hash(self._base_digest, digest=sequence.digest, tenant=sequence.tenant)]
+        self._waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence, at any time, and give back its blocks and its slot."""
@@ -127,52 +75,106 @@ class Scheduler:
         """Every sequence that waits for a slot with this adapter."""
         return [one for one in self._waiting if one.digest == digest and one.slot is None]
 
-    def wanted_digests(self) -> list[str]:
-        """Adapters to hold ready on the host: those without a slot that wait longest, as many as there are slots."""
-        waiting = (one.digest for one in self._waiting if one.digest is not None and one.slot is None)
-        wanted = dict.fromkeys(digest for digest in waiting if self._slots.find(digest) is None)
-        return list(wanted)[: self._slots.num_slots]
-
     def advance(self, row: Row, token_id: int | None) -> None:
-        """Record that a row was computed, and the token it gave."""
-        row.sequence.num_computed += len(row.token_ids)
+        """Record that a row was computed, and the token it gave; its full blocks can be used by others from now on."""
+        sequence = row.sequence
+        sequence.num_computed += len(row.token_ids)
+        first, last = row.start // self._blocks.block_size, sequence.num_computed // self._blocks.block_size
+        if self._limits.prefix_cache and last > first:
+            hashes = self._hashes(sequence, last)
+            for idx in range(first, last):
+                self._blocks.register(sequence.block_ids[idx], hashes[idx])
         if token_id is not None:
-            row.sequence.token_ids.append(token_id)
+            sequence.token_ids.append(token_id)
+            self._waiting.charge(sequence, num_output=1)
 
-    def schedule(self, *, loaded: Container[str]) -> StepPlan:
-        """Plan the next step. loaded: digests that can be written into a slot at once.
+    def schedule(self, *, loaded: Container[str], slow: Container[str] = ()) -> StepPlan:
+        """Plan the next step.
 
-        The plan holds until something is added, finished or advanced; a step that cannot run is simply planned again.
+        loaded: digests that can be written into a slot at once; slow: digests whose load takes so long that others
+        should be loaded in their stead. The plan holds until something is added, finished or advanced; a step that
+        cannot run is simply planned again.
         """
         chosen = self._continue_running()
-        writes: list[tuple[int, str]] = []
-        self._admit(chosen, loaded, writes)
+        plan = SlotPlan(self._slots, loaded=loaded, users=self._slot_users, waiting=self._waiting)
+        pending = self._hashes_in_progress()
+        wanted = _Wanted(self._slots, slow)
+        is_open = True
+        for sequence in self._waiting.in_order(frozenset(self._slots.digests())):
+            is_open = is_open and self._has_room(chosen)
+            if is_open and not self._is_computed_soon(sequence, pending) and plan.has_place_for(sequence):
+                is_open = self._start(sequence, chosen, plan, pending)
+            wanted.note(sequence)
+            if wanted.is_full and not is_open:
+                break
+        self.wanted = tuple(wanted.digests)
+        plan.fill_unused(self.wanted)
+        if chosen:
+            self._waiting.tick()
+        missing = tuple(digest for digest in self.wanted if digest not in loaded)
         rows = tuple(_row(*one) for one in chosen.items())
-        missing = tuple(digest for digest in self.wanted_digests() if digest not in loaded)
-        return StepPlan(rows, tuple(writes), missing, self._slots.epoch + len(writes))
+        return StepPlan(rows, tuple(plan.writes), missing, self._slots.epoch + len(plan.writes))
 
-    def _admit(self, chosen: dict[Sequence, int], loaded: Container[str], writes: list[tuple[int, str]]) -> None:
-        """Start waiting sequences while there are tokens, rows, blocks and slots; adds to `chosen` and `writes`."""
-        budget = self._limits.max_step_tokens - sum(chosen.values())
-        is_slot_awaited = False
-        for sequence in list(self._waiting):
-            if budget <= 0 or len(self._running) >= self._limits.max_sequences:
-                return
-            if self._blocks.num_needed(len(sequence.token_ids) + 1) > self._blocks.num_free:
-                return
-            if sequence.slot is None and sequence.digest is not None and is_slot_awaited:
-                continue
-            if sequence.slot is None:
-                sequence.slot = self._find_slot(sequence.digest, loaded, writes)
-            if sequence.slot is not None:
-                self._start(sequence)
-                chosen[sequence] = min(budget, sequence.num_left)
-                budget -= chosen[sequence]
-            elif sequence.digest is not None and sequence.digest in loaded:
-                is_slot_awaited = True  # Not for one that must be loaded first: that takes a moment; others may run.
+    def _has_room(self, chosen: dict[Sequence, int]) -> bool:
+        return len(self._running) < self._limits.max_sequences and sum(chosen.values()) < self._limits.max_step_tokens
+
+    def _start(self, sequence: Sequence, chosen: dict[Sequence, int], plan: SlotPlan, pending: set[bytes]) -> bool:
+        """Start a sequence that has a place; False when blocks are missing, for which no later one may pass it."""
+        shared = self._blocks.match(self._reusable(sequence))
+        num_new = self._blocks.num_needed(len(sequence.token_ids) + 1) - len(shared)
+        blocks = self._blocks.take(shared, num_new=num_new)
+        if blocks is None:
+            return False
+        is_first_start = sequence.slot is None
+        if sequence.slot is None:
+            sequence.slot = plan.take_place(sequence)
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        sequence.block_ids = blocks
+        sequence.num_computed = len(shared) * self._blocks.block_size
+        if is_first_start:
+            sequence.num_cached = sequence.num_computed
+            self.num_cached_tokens += sequence.num_cached
+            self._waiting.charge(sequence, num_prompt=sequence.num_left)
+        pending.update(self._reusable(sequence)[len(shared) :])
+        chosen[sequence] = min(self._limits.max_step_tokens - sum(chosen.values()), sequence.num_left)
+        return True
+
+    def _is_computed_soon(self, sequence: Sequence, pending: Container[bytes]) -> bool:
+        """Tell whether running sequences compute at least half of what this one would have to compute."""
+        if not pending:
+            return False
+        hashes = self._reusable(sequence)
+        num_cached = len(self._blocks.match(hashes))
+        num_soon = sum(1 for _ in takewhile(pending.__contains__, hashes[num_cached:]))
+        size = self._blocks.block_size
+        return num_soon > 0 and 2 * num_soon * size >= len(sequence.token_ids) - num_cached * size
+
+    def _hashes_in_progress(self) -> set[bytes]:
+        """Return the hashes of blocks that running sequences fill with tokens they have already."""
+        size = self._blocks.block_size
+        filling = (one for one in self._running if one.num_left > 1) if self._limits.prefix_cache else ()
+        return {
+            block_hash
+            for one in filling
+            for block_hash in self._hashes(one, len(one.token_ids) // size)[one.num_computed // size :]
+        }
+
+    def _reusable(self, sequence: Sequence) -> list[bytes]:
+        """Return the hashes of the full blocks before the last token, whose logits are needed in any case."""
+        if not self._limits.prefix_cache:
+            return []
+        return self._hashes(sequence, (len(sequence.token_ids) - 1) // self._blocks.block_size)
+
+    def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
+        """Return the hashes of the first blocks of a sequence, computing those that are new."""
+        size, chain = self._blocks.block_size, sequence.hashes
+        for idx in range(len(chain) - 1, num_blocks):
+            chain.append(block_hash(chain[-1], sequence.token_ids[idx * size : (idx + 1) * size]))
+        return chain[1 : num_blocks + 1]
 
     def _continue_running(self) -> dict[Sequence, int]:
-        """Choose tokens of running sequences, those that decode first; preempt the latest when blocks run out."""
+        """Choose tokens of running sequences, those that decode first; preempt some when blocks run out."""
         chosen: dict[Sequence, int] = {}
         budget = self._limits.max_step_tokens
         by_age = sorted(self._running, key=lambda one: one.arrival)
@@ -191,45 +193,55 @@ class Scheduler:
             if more is not None:
                 sequence.block_ids += more
                 return True
-            victim = max(self._running, key=lambda one: one.arrival)
+            victim = max(self._running, key=lambda one: (one.level, one.arrival))
             chosen.pop(victim, None)
             self._preempt(victim)
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to the front of the queue. It keeps its slot and computes its tokens again."""
+        """Let a running sequence wait again. It keeps its slot; its full blocks stay as long as there is room."""
         self._running.remove(sequence)
         self._free_blocks(sequence)
         sequence.num_computed = 0
-        self._waiting.appendleft(sequence)
-
-    def _start(self, sequence: Sequence) -> None:
-        self._waiting.remove(sequence)
-        blocks = self._blocks.allocate(self._blocks.num_needed(len(sequence.token_ids) + 1))
-        assert blocks is not None
-        sequence.block_ids = blocks
-        self._running.append(sequence)
-
-    def _find_slot(self, digest: str | None, loaded: Container[str], writes: list[tuple[int, str]]) -> int | None:
-        """Begin to use the slot of an adapter, claiming one if needed and possible; adds to `writes`."""
-        if digest is None:
-            return BASE_SLOT
-        slot = self._slots.acquire(digest)
-        if slot is None and digest in loaded:
-            slot = self._slots.claim(digest)
-            if slot is not None:
-                writes.append((slot, digest))
-        return slot
+        self._waiting.add(sequence)
 
     def _free_blocks(self, sequence: Sequence) -> None:
         self._blocks.free(sequence.block_ids)
         sequence.block_ids = []
 
+    def _slot_users(self) -> list[Sequence]:
+        return [one for one in (*self._running, *self._waiting) if one.slot not in (None, BASE_SLOT)]
+
     def check_integrity(self) -> None:
         """Check that blocks and slots are used exactly as the sequences say. Raises EngineStateError."""
         everyone = (*self._running, *self._waiting)
         self._blocks.check_integrity([block for one in everyone for block in one.block_ids])
-        self._slots.check_integrity([one.slot for one in everyone if one.slot not in (None, BASE_SLOT)])
+        self._slots.check_integrity([one.slot for one in self._slot_users() if one.slot is not None])
+
+
+class _Wanted:
+    """The adapters to hold ready on the host: those without a slot that are next, as many as there are slots.
+
+    Those whose load is slow do not count, so that others are loaded in their stead.
+    """
+
+    def __init__(self, slots: SlotTable, slow: Container[str]) -> None:
+        self._slots = slots
+        self._slow = slow
+        self._num_left = slots.num_slots
+        self.digests: dict[str, None] = {}
+
+    @property
+    def is_full(self) -> bool:
+        return self._num_left == 0
+
+    def note(self, sequence: Sequence) -> None:
+        """Add the adapter of a sequence that did not start."""
+        digest = sequence.digest
+        if digest is None or self.is_full or digest in self.digests or self._slots.find(digest) is not None:
+            return
+        self.digests[digest] = None
+        self._num_left -= digest not in self._slow
 
 
 def _row(sequence: Sequence, num_tokens: int) -> Row:

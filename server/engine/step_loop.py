@@ -13,18 +13,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, assert_never
 
+import torch
 from torch import Tensor
 
 from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError
 from server.engine.blocks import BlockPool
+from server.engine.host import AdapterLoader
+from server.engine.isolation import run_isolated
+from server.engine.residency import Residency, SlotWriter, Tier
 from server.engine.runner import StepRow
-from server.engine.sampling import Sampler
-from server.engine.scheduler import Limits, Row, Scheduler, StepPlan
-from server.engine.scheduler import Sequence as SequenceState
-from server.engine.slots import SlotTable
+from server.engine.sampling import Sampled, Sampler
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Limits, Row, StepPlan
+from server.engine.sequence import Sequence as SequenceState
 from server.engine.track import Track
 from server.engine.types import AdapterHandle, ErrorEvent, Event, TokenEvent
 
@@ -36,37 +39,15 @@ _NEWEST_WEIGHT = 0.1
 _MAX_RETRY_AFTER_S = 60
 
 
-class StepRunner(Protocol):
-    """What the loop needs of `server.engine.runner.Runner`."""
+class StepRunner(AdapterLoader, SlotWriter, Protocol):
+    """What the loop needs of `server.engine.runner.Runner`; adapters are loaded in other threads."""
 
-    num_slots: int
     block_size: int
     vocab_size: int
 
     @property
     def num_blocks(self) -> int:
         """Blocks for keys and values."""
-        ...
-
-    @property
-    def epoch(self) -> int:
-        """Number of slot writes so far."""
-        ...
-
-    def load_adapter(self, view: Path) -> Any:
-        """Load the adapter of a view; called in other threads."""
-        ...
-
-    def load_mix(self, parts: Sequence[tuple[Path, float]]) -> Any:
-        """Load the weighted sum of the adapters of several views; called in other threads."""
-        ...
-
-    def write_slot(self, slot: int, adapter: Any) -> int:
-        """Put an adapter into a slot and return the new epoch."""
-        ...
-
-    def clear_slot(self, slot: int) -> int:
-        """Empty a slot and return the new epoch."""
         ...
 
     def step(self, rows: Sequence[StepRow], *, epoch: int) -> Tensor:
@@ -81,6 +62,12 @@ class _Loaded:
     handle: AdapterHandle
     adapter: Any
     error: AdapterLoadError | None
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _SlowLoad:
+    handle: AdapterHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +75,14 @@ class _Cancel:
     track: Track
 
 
-_Message = Track | _Loaded | _Cancel
+_Message = Track | _Loaded | _SlowLoad | _Cancel
 
 
 class StepLoop:
-    """Owns the scheduler, the slots, the blocks and every request in flight.
+    """Owns the scheduler, the adapters, the blocks and every request in flight.
 
-    request_load: asks for an adapter that is neither on the host nor on the device; the answer comes by `put_loaded`.
+    base_digest: what keys and values depend on besides the adapter. request_load: asks for an adapter that is neither
+    on the host nor on the device; the answer comes by `put_loaded`.
     """
 
     def __init__(
@@ -103,6 +91,7 @@ class StepLoop:
         sampler: Sampler,
         *,
         limits: Limits,
+        base_digest: str,
         request_load: Callable[[AdapterHandle], object],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -111,12 +100,10 @@ class StepLoop:
         self._limits = limits
         self._request_load = request_load
         self._loop = loop
-        self._slots = SlotTable(runner.num_slots)
-        self._slots.epoch = runner.epoch
-        self._blocks = BlockPool(runner.num_blocks, block_size=runner.block_size)
-        self._scheduler = Scheduler(self._slots, self._blocks, limits)
+        self._residency = Residency(runner, host_bytes=limits.host_adapter_mib << 20)
+        blocks = BlockPool(runner.num_blocks, block_size=runner.block_size)
+        self._scheduler = Scheduler(self._residency.slots, blocks, limits, base_digest=base_digest)
         self._tracks: dict[SequenceState, Track] = {}
-        self._loaded: dict[str, Any] = {}
         self._inbox: deque[_Message] = deque()
         self._wake = threading.Condition()
         self.is_stopping = False
@@ -135,9 +122,13 @@ class StepLoop:
         """End a request whose caller is gone; it gets no further event."""
         self._send(_Cancel(track))
 
-    def put_loaded(self, handle: AdapterHandle, adapter: Any, error: AdapterLoadError | None) -> None:
-        """Hand over the outcome of a load."""
-        self._send(_Loaded(handle, adapter, error))
+    def put_loaded(self, handle: AdapterHandle, adapter: Any, error: AdapterLoadError | None, *, load_s: float) -> None:
+        """Hand over the outcome of a load. load_s: what it took."""
+        self._send(_Loaded(handle, adapter, error, load_s))
+
+    def put_slow(self, handle: AdapterHandle) -> None:
+        """Say that a load takes long, so that others are asked for in its stead."""
+        self._send(_SlowLoad(handle))
 
     def _send(self, message: _Message) -> bool:
         with self._wake:
@@ -152,13 +143,14 @@ class StepLoop:
             self.is_stopping = True
             self._wake.notify()
 
-    def is_near(self, digest: str) -> bool:
-        """Tell whether an adapter is on the host or on the device."""
-        return digest in self._loaded or self._slots.find(digest) is not None
+    def tiers(self) -> dict[str, Tier]:
+        """Return where each adapter is that is on the device or on the host."""
+        return self._residency.tiers()
 
-    def near_digests(self) -> list[str]:
-        """Return what is on the device or on the host."""
-        return sorted({*self._slots.digests(), *list(self._loaded)})
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that were taken from the prefix cache."""
+        return self._scheduler.num_cached_tokens
 
     @property
     def num_running(self) -> int:
@@ -181,7 +173,7 @@ class StepLoop:
         error: AdapterHubError = _stopping()
         try:
             while self._take_messages():
-                plan = self._scheduler.schedule(loaded=self._loaded)
+                plan = self._scheduler.schedule(loaded=self._residency.loaded, slow=self._residency.slow)
                 self._has_rows = bool(plan.rows)
                 for digest in plan.missing:
                     self._request_load(self._handle_of(digest))
@@ -216,9 +208,12 @@ class StepLoop:
                 self._tracks[message.sequence] = message
                 self._scheduler.add(message.sequence)
             case _Loaded(error=AdapterLoadError() as error):
+                self._residency.slow.discard(message.handle.digest)
                 self._fail(self._scheduler.waiting_for(message.handle.digest), error)
             case _Loaded():
                 self._keep(message)
+            case _SlowLoad():
+                self._residency.slow.add(message.handle.digest)
             case _Cancel():
                 if self._tracks.pop(message.track.sequence, None) is not None:
                     self._scheduler.finish(message.track.sequence)
@@ -226,94 +221,77 @@ class StepLoop:
                 assert_never(message)
 
     def _keep(self, loaded: _Loaded) -> None:
-        """Keep a loaded adapter on the host until it is written; put it into a slot at once if one has no user.
-
-        The host holds at most the wanted ones and as many others as there are slots.
-        """
-        digest = loaded.handle.digest
-        if self._slots.find(digest) is not None:
-            return
-        self._loaded[digest] = loaded.adapter
-        if not self._scheduler.waiting_for(digest):
-            slot = self._slots.claim(digest)
-            if slot is not None:
-                error = self._write_slot(slot, digest)
-                self._slots.release(slot)
-                if error is not None:
-                    self._empty_slot(slot)
-        wanted = self._scheduler.wanted_digests()
-        for spare in [one for one in self._loaded if one not in wanted][: -self._runner.num_slots]:
-            del self._loaded[spare]
+        """Keep a loaded adapter on the host; put it into a slot at once if nobody waits for it and one has no user."""
+        digest, wanted = loaded.handle.digest, self._scheduler.wanted
+        if digest not in self._residency.loaded:
+            self._residency.keep(digest, loaded.adapter, load_s=loaded.load_s, wanted={*wanted, digest})
+            if not self._scheduler.waiting_for(digest):
+                self._residency.write_ahead(digest, wanted=wanted)
 
     def _write_slots(self, plan: StepPlan) -> bool:
         """Write every slot of a plan. An adapter that fails ends its own requests, and the step is planned again."""
         is_written = True
         for slot, digest in plan.writes:
-            error = self._write_slot(slot, digest)
+            error = self._residency.write(slot, digest)
             if error is not None:
                 is_written = False
                 self._fail(self._scheduler.sequences_of(digest), error)
-                self._empty_slot(slot)
+                self._residency.empty(slot)
+        if plan.writes:
+            self._residency.trim(self._scheduler.wanted)
         return is_written
 
-    def _write_slot(self, slot: int, digest: str) -> AdapterLoadError | None:
-        """Write a claimed slot; return why it cannot be."""
-        try:
-            self._slots.epoch = self._runner.write_slot(slot, self._loaded.pop(digest))
-        except Exception as exc:  # What cannot be written ends its own requests, not the loop.
-            _log.exception("adapter %s cannot be written to slot %d", digest, slot)
-            what = f"Adapter {digest[:12]} does not fit into a slot: {_reason(exc)}"
-            return AdapterLoadError(what, "Choose another version.")
-        return None
-
-    def _empty_slot(self, slot: int) -> None:
-        """Leave nothing of an adapter that was written in part."""
-        self._slots.discard(slot)
-        self._slots.epoch = self._runner.clear_slot(slot)
-
     def _run_rows(self, rows: Sequence[Row], *, epoch: int) -> None:
-        """Run one step and record what it gave."""
-        try:
-            logits = self._runner.step([_step_row(row) for row in rows], epoch=epoch)
-        except Exception as exc:  # The requests of this step end here; the next step may be fine.
-            _log.exception("step %d failed", self.num_steps)
-            error = AdapterHubError(
-                f"The step failed: {_reason(exc)}", "Send the request again; report the server's log."
-            )
-            self._fail([row.sequence for row in rows], error)
-            return
-        self.num_steps += 1
-        sampled = [idx for idx, row in enumerate(rows) if row.is_sampled]
-        tracks = [self._tracks[rows[idx].sequence] for idx in sampled]
-        for row in rows:
-            if not row.is_sampled:
-                self._scheduler.advance(row, None)
+        """Run one step and record what it gave; rows that cannot run end their own requests."""
+
+        def run(some: Sequence[Row]) -> Tensor:
+            return self._runner.step([_step_row(row) for row in some], epoch=epoch)
+
+        sampled: list[Row] = []
+        logits: list[Tensor] = []
+        for some, outcome in run_isolated(run, rows):
+            if isinstance(outcome, Exception):
+                what = f"The step failed: {_reason(outcome)}"
+                hint = "Send the request again; report the server's log."
+                self._fail([row.sequence for row in some], AdapterHubError(what, hint))
+                continue
+            for row in some:
+                if not row.is_sampled:
+                    self._scheduler.advance(row, None)
+            ends = [idx for idx, row in enumerate(some) if row.is_sampled]
+            sampled += [some[idx] for idx in ends]
+            logits.append(outcome if len(ends) == len(some) else outcome[ends])
+        self.num_steps += bool(logits)
+        if sampled:
+            self._sample(sampled, logits[0] if len(logits) == 1 else torch.cat(logits))
+
+    def _sample(self, rows: Sequence[Row], logits: Tensor) -> None:
+        """Draw and record the new token of each row, logits (len(rows), V) float32."""
+        tracks = [self._tracks[row.sequence] for row in rows]
+        results = self._sampler.sample(logits, [track.draw for track in tracks])
         events: list[tuple[Track, Event]] = []
-        for idx, track in zip(sampled, tracks, strict=True):
-            events += [(track, event) for event in self._record(rows[idx], track, logits[idx])]
+        for row, track, result in zip(rows, tracks, results, strict=True):
+            events += [(track, event) for event in self._record(row, track, result)]
         self._emit(events)
 
-    def _record(self, row: Row, track: Track, logits: Tensor) -> list[Event]:
-        """Draw and record the new token of one row, logits (V,) float32; a row that fails ends its own request."""
-        try:
-            events: list[Event] = self._continue(row, track, logits)
-        except Exception as exc:  # The request ends here; the other rows of the step are fine.
-            _log.exception("request %s failed after its step", track.request.request_id)
-            events = [ErrorEvent(_cannot_continue(track, exc))]
+    def _record(self, row: Row, track: Track, result: Sampled | AdapterHubError) -> list[Event]:
+        """Record the new token of one row; a row that has none, or whose text fails, ends its own request."""
+        events: list[Event]
+        if isinstance(result, AdapterHubError):
+            events = [ErrorEvent(result)]
+        else:
+            try:
+                self._scheduler.advance(row, result.token_id)
+                events = track.accept(result.token_id, result.logprob)
+            except Exception as exc:  # The request ends here; the other rows of the step are fine.
+                _log.exception("request %s failed after its step", track.request.request_id)
+                events = [ErrorEvent(_cannot_continue(track, exc))]
         if not isinstance(events[-1], TokenEvent):
             self._scheduler.finish(track.sequence)
             del self._tracks[track.sequence]
             duration_s = time.monotonic() - track.started_s
             self._mean_duration_s += _NEWEST_WEIGHT * (duration_s - self._mean_duration_s)
         return events
-
-    def _continue(self, row: Row, track: Track, logits: Tensor) -> list[Event]:
-        """Return the events of the new token, or why there is none; logits: (V,)."""
-        (result,) = self._sampler.sample(logits[None], [track.draw])
-        if isinstance(result, AdapterHubError):
-            return [ErrorEvent(result)]
-        self._scheduler.advance(row, result.token_id)
-        return track.accept(result.token_id, result.logprob)
 
     def _fail(self, sequences: Sequence[SequenceState], error: AdapterHubError) -> None:
         """End requests with an error."""

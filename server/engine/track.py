@@ -9,7 +9,7 @@ from collections.abc import Container
 from server.engine.detokenize import Detokenizer, StopFilter, Tokenizer
 from server.engine.grammar import Matcher
 from server.engine.sampling import Draw
-from server.engine.scheduler import Sequence
+from server.engine.sequence import Sequence
 from server.engine.types import Event, FinishEvent, FinishReason, GenerateRequest, TokenEvent, TokenLogprob
 
 __all__ = ["Track"]
@@ -31,6 +31,9 @@ class Track:
             request.request_id,
             None if request.adapter is None else request.adapter.digest,
             list(request.prompt_token_ids),
+            tenant=request.tenant,
+            priority=request.priority,
+            max_tokens=len(request.prompt_token_ids) + request.sampling.max_tokens,
         )
         self.draw = Draw(
             request.sampling,
@@ -58,7 +61,8 @@ class Track:
         if not is_last:
             return [token]
         reason: FinishReason = "stop" if is_whole or self._stop.is_stopped else "length"
-        return [token, FinishEvent(reason, len(self.request.prompt_token_ids), self._num_tokens)]
+        num_prompt_tokens = len(self.request.prompt_token_ids)
+        return [token, FinishEvent(reason, num_prompt_tokens, self._num_tokens, self.sequence.num_cached)]
 
     def _continue(self, token_id: int) -> str:
         """Record a token that does not end the answer, and return the text that is certain now."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +14,15 @@ import torch
 from server.engine.runner import StepRow
 from tests.support.tiny_models import VOCAB_SIZE
 
-__all__ = ["FakeRunner", "expected_token"]
+__all__ = ["FakeAdapter", "FakeRunner", "expected_token"]
+
+
+@dataclass(frozen=True)
+class FakeAdapter:
+    """Changes every next token by its name."""
+
+    name: str
+    size_bytes: int
 
 
 def expected_token(history: Sequence[int], adapter: str) -> int:
@@ -23,8 +33,10 @@ def expected_token(history: Sequence[int], adapter: str) -> int:
 class FakeRunner:
     """Deterministic next tokens from the whole history and the adapter; counts steps and checks every promise.
 
-    The adapter of a view is the name of its folder. broken_*: names that fail; poisoned: names whose logits are NaN;
-    gate: steps wait while it is cleared.
+    The adapter of a view is the name of its folder; a mix has the names and weights of its parts. Rows may read blocks
+    that others read; each place remembers the whole history it was computed from, and a row that reads another history,
+    or writes where another reads, fails an assertion. broken_*: names that fail; poisoned: names whose logits are NaN;
+    sizes: bytes per adapter, where not 1 MiB; gate: steps wait while it is cleared; load_gates: loads wait likewise.
     """
 
     def __init__(self, *, num_slots: int = 4, num_blocks: int = 64, block_size: int = 4, step_s: float = 0.0) -> None:
@@ -43,25 +55,32 @@ class FakeRunner:
         self.steps: list[tuple[StepRow, ...]] = []
         self.writes: list[tuple[int, str]] = []
         self._slots: list[str | None] = [None] * num_slots
-        self._kv: dict[tuple[int, int], tuple[int, str]] = {}
+        self.sizes: dict[str, int] = {}
+        self.load_gates: dict[str, threading.Event] = {}
+        self._kv: dict[tuple[int, int], tuple[int, int]] = {}  # Place -> token, hash of the history up to it.
 
-    def load_adapter(self, view: Path) -> str:
+    def load_adapter(self, view: Path) -> FakeAdapter:
+        return self._load(view.name)
+
+    def load_mix(self, parts: Sequence[tuple[Path, float]]) -> FakeAdapter:
+        return self._load("+".join(f"{weight:g}*{view.name}" for view, weight in parts))
+
+    def _load(self, name: str) -> FakeAdapter:
         assert threading.current_thread().name.startswith("adapter-load")
-        time.sleep(self.load_s.get(view.name, 0))
-        self.loads.append(view.name)
-        if view.name in self.broken_loads:
+        time.sleep(self.load_s.get(name, 0))
+        if name in self.load_gates:
+            self.load_gates[name].wait()
+        self.loads.append(name)
+        if name in self.broken_loads:
             raise ValueError("half a tensor")
-        return view.name
+        return FakeAdapter(name, self.sizes.get(name, 1 << 20))
 
-    def load_mix(self, parts: Sequence[tuple[Path, float]]) -> str:
-        return "+".join(f"{weight:g}*{self.load_adapter(view)}" for view, weight in parts)
-
-    def write_slot(self, slot: int, adapter: str) -> int:
+    def write_slot(self, slot: int, adapter: FakeAdapter) -> int:
         assert threading.current_thread().name == "steps"
-        if adapter in self.broken_writes:
+        if adapter.name in self.broken_writes:
             raise ValueError("too wide")
-        self._slots[slot] = adapter
-        self.writes.append((slot, adapter))
+        self._slots[slot] = adapter.name
+        self.writes.append((slot, adapter.name))
         self.epoch += 1
         return self.epoch
 
@@ -75,8 +94,9 @@ class FakeRunner:
         self.gate.wait()
         time.sleep(self.step_s)
         self.steps.append(tuple(rows))
-        blocks = [block for row in rows for block in row.block_ids]
-        assert len(set(blocks)) == len(blocks), "two rows share a block"
+        users = Counter(block for row in rows for block in row.block_ids)
+        written = {block for row in rows for block in row.block_ids[row.start // self.block_size :]}
+        assert all(users[block] == 1 for block in written), "a row writes where another reads"
         adapters = [self._adapter(row) for row in rows]
         if self.broken_steps & set(adapters):
             raise RuntimeError("out of memory")
@@ -90,12 +110,19 @@ class FakeRunner:
         return name
 
     def _logits(self, row: StepRow, adapter: str) -> torch.Tensor:
+        history: list[int] = []
+        origin = hash(adapter)
+        for position in range(row.start):
+            token, origin_there = self._kv[self._place(row, position)]
+            origin = hash((origin, token))
+            assert origin_there == origin, "keys and values of another adapter or another beginning"
+            history.append(token)
         for offset, token in enumerate(row.token_ids):
-            self._kv[self._place(row, row.start + offset)] = (token, adapter)
-        cells = [self._kv[self._place(row, position)] for position in range(row.start + len(row.token_ids))]
-        assert {name for _, name in cells} == {adapter}, "keys and values of another adapter"
+            origin = hash((origin, token))
+            self._kv[self._place(row, row.start + offset)] = (token, origin)
+            history.append(token)
         logits = torch.zeros(VOCAB_SIZE)
-        logits[expected_token([token for token, _ in cells], adapter)] = 5.0
+        logits[expected_token(history, adapter)] = 5.0
         return logits * float("nan") if adapter in self.poisoned else logits
 
     def _place(self, row: StepRow, position: int) -> tuple[int, int]:
