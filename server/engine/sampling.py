@@ -201,7 +201,8 @@ def _draw_cut(probabilities: Tensor, draws: Sequence[Draw], num_candidates: int)
     values, tokens = torch.topk(probabilities, width, dim=1)
     cumulative = values.cumsum(dim=1, dtype=torch.float64)
     top_p = _column(values, [draw.params.top_p for draw in draws])
-    top_k = torch.tensor([draw.params.top_k or num_tokens for draw in draws], device=values.device).unsqueeze(1)
+    top_k = torch.tensor([min(draw.params.top_k or num_tokens, num_tokens) for draw in draws]).to(values.device)
+    top_k = top_k.unsqueeze(1)
     limit = top_k.clamp(max=width)
     mass = torch.where(top_k <= width, cumulative.gather(1, limit - 1), 1.0)
     num_kept = torch.minimum(limit, 1 + (cumulative < top_p * mass).sum(dim=1, keepdim=True))
@@ -210,7 +211,7 @@ def _draw_cut(probabilities: Tensor, draws: Sequence[Draw], num_candidates: int)
     places = _invert(cumulative, cumulative.gather(1, num_kept - 1), draws)
     drawn: list[int] = tokens.gather(1, places).squeeze(1).tolist()
     if width < num_tokens:
-        is_found = (top_k <= width) | (top_k >= num_tokens) & (cumulative[:, -1:] >= top_p)
+        is_found = (top_k <= width) | (top_k == num_tokens) & (cumulative[:, -1:] >= top_p)
         rows: list[int] = torch.nonzero(~is_found.squeeze(1)).squeeze(1).tolist()
         more = _draw_cut(probabilities[rows], [draws[row] for row in rows], _WIDEN * width) if rows else []
         for row, token in zip(rows, more, strict=True):

@@ -19,7 +19,7 @@ from adapterhub.errors import AdapterHubError, ContextTooLongError, OverloadedEr
 from server.engine.types import ErrorEvent, FinishEvent, GenerateRequest, TokenEvent, TokenLogprob
 from server.http.adapters import AdapterChoice
 from server.http.errors import error_body
-from server.http.replies import Envelope, Usage
+from server.http.replies import Envelope, PromptDetails, Usage
 from server.http.schema import GenerationBody
 from server.http.service import Service
 from server.http.stream import DONE, EventStream, merge_answers, sse
@@ -40,6 +40,7 @@ class Answer:
     finish: Literal["stop", "length"] = "stop"
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
+    num_cached_tokens: int = 0
 
 
 class Format(Protocol):
@@ -70,20 +71,32 @@ class Format(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One admitted HTTP request: an answer per entry of `requests`, choices of one prompt side by side."""
+    """One admitted HTTP request: an answer per entry of `requests`, choices of one prompt side by side.
+
+    output_field: which field asked for a form of the answer, for messages.
+    """
 
     request_id: str
     created: int
     choice: AdapterChoice
     requests: tuple[GenerateRequest, ...]
     num_choices: int
+    output_field: str
+
+    def located(self, error: AdapterHubError) -> AdapterHubError:
+        """Name the field of this request that an engine's error is about, in the words of the client."""
+        return error.at(self.output_field) if error.param == "output" else error
 
     def usage(self, answers: Sequence[Answer]) -> Usage:
         """Count tokens; a prompt counts once, however many answers it gets."""
-        num_prompt = sum(answer.num_prompt_tokens for answer in answers[:: self.num_choices])
+        firsts = answers[:: self.num_choices]
+        num_prompt = sum(answer.num_prompt_tokens for answer in firsts)
         num_completion = sum(answer.num_completion_tokens for answer in answers)
         return Usage(
-            prompt_tokens=num_prompt, completion_tokens=num_completion, total_tokens=num_prompt + num_completion
+            prompt_tokens=num_prompt,
+            completion_tokens=num_completion,
+            total_tokens=num_prompt + num_completion,
+            prompt_tokens_details=PromptDetails(cached_tokens=sum(answer.num_cached_tokens for answer in firsts)),
         )
 
 
@@ -112,11 +125,12 @@ def build_job(
             prompt_token_ids=tuple(prompt),
             adapter=choice.handle,
             sampling=body.sampling(max_tokens, prompt_idx=prompt_idx, choice_idx=choice_idx),
+            priority=body.priority or 0,
         )
         for prompt_idx, (prompt, max_tokens) in enumerate(zip(prompts, lengths, strict=True))
         for choice_idx in range(body.num_choices)
     )
-    return Job(request_id, int(time.time()), choice, requests, body.num_choices)
+    return Job(request_id, int(time.time()), choice, requests, body.num_choices, body.output_field)
 
 
 def _answer_length(service: Service, body: GenerationBody, prompt: Sequence[int]) -> int:
@@ -170,7 +184,7 @@ async def _record(
             async for idx, event in events:
                 if isinstance(event, ErrorEvent):
                     outcome = event.error.code
-                    raise event.error
+                    raise job.located(event.error)
                 _apply(answers[idx], event)
                 yield idx, event
         outcome = "finished"
@@ -198,6 +212,7 @@ def _apply(answer: Answer, event: TokenEvent | FinishEvent) -> None:
         raise OverloadedError("The server cancelled the request.", "Send it again.")
     answer.finish = event.reason
     answer.num_prompt_tokens, answer.num_completion_tokens = event.num_prompt_tokens, event.num_completion_tokens
+    answer.num_cached_tokens = event.num_cached_tokens
 
 
 async def _chunks(

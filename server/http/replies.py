@@ -29,6 +29,7 @@ __all__ = [
     "MixMember",
     "ModelCard",
     "ModelList",
+    "PromptDetails",
     "Usage",
 ]
 
@@ -71,12 +72,19 @@ class AdapterInfo(BaseModel):
     members: list[MixMember] | None = Field(default=None, exclude_if=lambda members: members is None)
 
 
+class PromptDetails(BaseModel):
+    """cached_tokens: tokens of the prompt that were computed before, for another request."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class ChatScore(BaseModel):

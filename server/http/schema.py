@@ -5,13 +5,14 @@ Field names and limits follow the OpenAI API reference, https://platform.openai.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
-from adapterhub.errors import RequestError, UnsupportedFieldError, suggest
-from server.engine.types import SamplingParams
+from adapterhub.errors import RequestError, UnsupportedFieldError
+from server.engine.types import OutputRule, SamplingParams
+from server.http.body import Body, Neutral
+from server.http.output import ResponseFormat, StructuredOutputs
 
 __all__ = ["ChatBody", "ChatMessage", "CompletionBody", "GenerationBody", "StreamOptions", "TextPart"]
 
@@ -19,15 +20,12 @@ _MAX_CHOICES = 16
 _MAX_STOP_STRINGS = 16
 _MAX_LOGPROBS = 20  # OpenAI's limit for `top_logprobs`.
 _MAX_PROMPTS = 64
-_Neutral = Mapping[str, Sequence[JsonValue]]
+_MAX_REPETITION = 10.0  # Ten times beyond any use known; keeps penalized logits finite.
+_MAX_PRIORITY = 100
 
 # Fields of the OpenAI API without support here, and the values besides null that ask for nothing.
-_NEUTRAL: _Neutral = {
-    "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0),
-    "logit_bias": ({},),
-}
-_NEUTRAL_CHAT: _Neutral = {
+_NEUTRAL: Neutral = {"logit_bias": ({},)}
+_NEUTRAL_CHAT: Neutral = {
     **_NEUTRAL,
     "audio": (),
     "function_call": ("none",),
@@ -41,7 +39,6 @@ _NEUTRAL_CHAT: _Neutral = {
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -50,8 +47,8 @@ _NEUTRAL_CHAT: _Neutral = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-_NEUTRAL_COMPLETION: _Neutral = {**_NEUTRAL, "best_of": (1,), "echo": (False,), "suffix": ("",)}
-_NEUTRAL_MESSAGE: _Neutral = {
+_NEUTRAL_COMPLETION: Neutral = {**_NEUTRAL, "best_of": (1,), "echo": (False,), "suffix": ("",)}
+_NEUTRAL_MESSAGE: Neutral = {
     "name": (),
     "refusal": (),
     "annotations": ([],),
@@ -62,53 +59,17 @@ _NEUTRAL_MESSAGE: _Neutral = {
 }
 
 
-def _is_neutral(value: object, neutral: Sequence[JsonValue]) -> bool:
-    return value is None or any(type(value) is type(one) and value == one for one in neutral)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-class _Body(BaseModel):
-    """Refuses what is neither a field nor neutral, and removes what is neutral."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    neutral: ClassVar[_Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, raw: object) -> object:
-        if not isinstance(raw, dict):
-            return raw
-        kept: dict[str, JsonValue] = {}
-        for field, value in cast("dict[str, JsonValue]", raw).items():
-            if field in cls.model_fields:
-                kept[field] = value
-            elif field not in cls.neutral:
-                near = suggest(field, cls.model_fields, otherwise=f"Supported: {', '.join(sorted(cls.model_fields))}.")
-                raise UnsupportedFieldError(f"Unknown field {field!r}.", near).at(field)
-            elif not _is_neutral(value, cls.neutral[field]):
-                allowed = " or ".join(repr(one) for one in [None, *cls.neutral[field]])
-                raise UnsupportedFieldError(
-                    f"Field {field!r} with the value {_shown(value)} is not supported by this server.",
-                    f"Leave it out (or send {allowed}).",
-                ).at(field)
-        return kept
-
-
-class TextPart(_Body):
+class TextPart(Body):
     """One part of a message's content; text is the only kind."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One message. `developer` is OpenAI's newer word for `system`."""
 
-    neutral: ClassVar[_Neutral] = _NEUTRAL_MESSAGE
+    neutral: ClassVar[Neutral] = _NEUTRAL_MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
@@ -130,14 +91,14 @@ class ChatMessage(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """include_usage: send one more chunk with the token counts."""
 
-    neutral: ClassVar[_Neutral] = {"include_obfuscation": (False,)}
+    neutral: ClassVar[Neutral] = {"include_obfuscation": (False,)}
     include_usage: bool | None = None
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What both endpoints have in common. default_tokens: answer length when none is asked for; None is what fits."""
 
     default_tokens: ClassVar[int | None] = None
@@ -149,12 +110,20 @@ class GenerationBody(_Body):
     )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1 by default, as OpenAI has it.")
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, description="Draw from so many best tokens; 0 is all, the default.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Smallest share of the best token's probability.")
+    repetition_penalty: float | None = Field(None, gt=0, le=_MAX_REPETITION, description="1 is none, the default.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=_MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | Annotated[list[str], Field(max_length=_MAX_STOP_STRINGS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: int | None = Field(None, ge=-_MAX_PRIORITY, le=_MAX_PRIORITY, description="Lower runs earlier.")
     user: str | None = Field(None, description="Who asks; accepted for clients that send it, not used.")
 
     @model_validator(mode="after")
@@ -165,6 +134,10 @@ class GenerationBody(_Body):
             )
         if "" in self.stop_strings:
             raise RequestError("'stop' holds an empty string.", "Leave it out.").at("stop")
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise RequestError("'response_format' and 'structured_outputs' are both set.", "Send one of them.").at(
+                "structured_outputs"
+            )
         return self
 
     @property
@@ -176,6 +149,17 @@ class GenerationBody(_Body):
     def stop_strings(self) -> tuple[str, ...]:
         """Stop strings as a tuple, whatever form they came in."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def output_field(self) -> str:
+        """The field that says what the answer must look like, for messages."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    @property
+    def output_rule(self) -> OutputRule | None:
+        """What the answer must look like; None for free text."""
+        form = self.response_format or self.structured_outputs
+        return None if form is None else form.rule()
 
     @property
     def has_usage_chunk(self) -> bool:
@@ -198,16 +182,22 @@ class GenerationBody(_Body):
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
             seed=None if self.seed is None else f"{self.seed}:{prompt_idx}:{choice_idx}",
             stop=self.stop_strings,
             logprobs=self.num_logprobs,
+            output=self.output_rule,
         )
 
 
 class ChatBody(GenerationBody):
     """Body of `/v1/chat/completions`."""
 
-    neutral: ClassVar[_Neutral] = _NEUTRAL_CHAT
+    neutral: ClassVar[Neutral] = _NEUTRAL_CHAT
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -245,7 +235,7 @@ _TokenPrompts = Annotated[list[_TokenIds], Field(min_length=1, max_length=_MAX_P
 class CompletionBody(GenerationBody):
     """Body of `/v1/completions`. prompt: text, texts, token ids or lists of token ids."""
 
-    neutral: ClassVar[_Neutral] = _NEUTRAL_COMPLETION
+    neutral: ClassVar[Neutral] = _NEUTRAL_COMPLETION
     default_tokens: ClassVar[int | None] = 16  # OpenAI's default for this endpoint.
     prompt: str | _Prompts | _TokenIds | _TokenPrompts
     logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
