@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from server.kernels import Segments
 
 if TYPE_CHECKING:
@@ -21,10 +23,14 @@ __all__ = ["StepContext", "current_step", "step_context"]
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """One step: segments is None when every token belongs to the base; attention is None outside the runner."""
+    """One step: segments is None when every token belongs to the base; attention is None outside the runner.
+
+    gates: (T, L, K) float32, what each token gives to each expert of its slot in each decoder layer; None for ones.
+    """
 
     segments: Segments | None = None
     attention: AttentionStep | HeadShapeProbe | None = None
+    gates: Tensor | None = None
 
 
 _CURRENT: ContextVar[StepContext | None] = ContextVar("adapterhub_step", default=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from adapterhub.errors import UserInputError
+from server.kernels.native import Library, find_library
 from server.step_context import current_step
 
 __all__ = [
@@ -52,6 +54,7 @@ class PagedKV:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self.device = device
+        self.library = find_library() if device.type == "cpu" else None
         size = (num_blocks, block_tokens)
         self._keys = [torch.zeros(*size, shape.num_heads, shape.key_dim, device=device) for shape in shapes]
         self._values = [torch.zeros(*size, shape.num_heads, shape.value_dim, device=device) for shape in shapes]
@@ -63,8 +66,18 @@ class PagedKV:
         pass through the mask, because zero times NaN is NaN.
         """
         for pool, new in ((self._keys[layer_idx], key), (self._values[layer_idx], value)):
-            pool.index_fill_(0, begun, 0.0)
-            pool.view(-1, *pool.shape[2:]).index_copy_(0, places, new[0].transpose(0, 1))
+            if self.library is None:
+                pool.index_fill_(0, begun, 0.0)
+                pool.view(-1, *pool.shape[2:]).index_copy_(0, places, new[0].transpose(0, 1))
+                continue
+            new = new if new.stride(3) == 1 else new.contiguous()
+            _, num_heads, num_tokens, dim = new.shape
+            sizes = (num_tokens, num_heads, dim, new.stride(1), new.stride(2), self.block_tokens)
+            self.library.write_cache(pool.data_ptr(), new.data_ptr(), places.data_ptr(), *sizes)
+
+    def pools(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return all keys and all values of a layer, (blocks, block_tokens, heads, dim)."""
+        return self._keys[layer_idx], self._values[layer_idx]
 
     def gather(self, layer_idx: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values (rows, heads, N * block_tokens, dim) of the blocks (rows, N)."""
@@ -162,30 +175,92 @@ class AttentionStep:
 
 
 class _DecodeBatch:
-    """The rows with one new token each; they attend in one padded call."""
+    """The rows with one new token each; they attend in one call."""
 
     def __init__(self, kv: PagedKV, rows: Sequence[RowSpan]) -> None:
-        num_blocks = max(-(-row.context_tokens // kv.block_tokens) for row in rows)
-        # Short rows repeat a block of their own: what is masked there cannot carry a NaN from one row to another.
-        padded = [(row.block_ids + row.block_ids[:1] * num_blocks)[:num_blocks] for row in rows]
         self._kv = kv
-        self._blocks = _indices(padded, kv)
+        self._rows = rows
         self._offsets = _indices([row.offset for row in rows], kv)
-        self._last = _indices([[row.start] for row in rows], kv)
+        self._flat_blocks = _indices([block for row in rows for block in row.block_ids], kv)
+        self._max_positions = max(row.context_tokens for row in rows)
+        self._places: dict[int | None, Tensor] = {}
+        self._blocks: Tensor | None = None
         self._masks: dict[int | None, Tensor] = {}
 
     def run_(self, output: Tensor, layer_idx: int, query: Tensor, *, window: int | None, **terms: Any) -> None:
         """Write these rows of output (1, T, query heads, dim) in place; query: (1, query heads, T, dim)."""
+        library = self._kv.library
+        if (
+            library is None
+            or terms["softcap"] is not None
+            or max(query.shape[3], output.shape[3]) > library.max_head_dim
+        ):
+            self._run_gathered_(output, layer_idx, query, window=window, **terms)
+        else:
+            self._run_in_place_(library, output, layer_idx, query, window=window, scale=terms["scale"])
+
+    def _run_in_place_(
+        self, library: Library, output: Tensor, layer_idx: int, query: Tensor, *, window: int | None, scale: float
+    ) -> None:
+        """Read keys and values where they lie; see attention.c."""
+        if window not in self._places:
+            self._places[window] = self._describe(window)
+        places = self._places[window]
+        keys, values = self._kv.pools(layer_idx)
+        query = query if query.stride(3) == 1 else query.contiguous()
+        library.decode_attention(
+            output.data_ptr(),
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            places.data_ptr(),
+            self._flat_blocks.data_ptr(),
+            len(self._rows),
+            keys.shape[2],
+            query.shape[1] // keys.shape[2],
+            keys.shape[3],
+            values.shape[3],
+            self._kv.block_tokens,
+            query.stride(1),
+            query.stride(2),
+            self._max_positions,
+            scale,
+            torch.get_num_threads(),
+        )
+
+    def _describe(self, window: int | None) -> Tensor:
+        """Per row: offset of its token, its position, the first position it sees, index of its first block; int64."""
+        starts = [0, *accumulate(len(row.block_ids) for row in self._rows)]
+        firsts = [0 if window is None else max(0, row.start + 1 - window) for row in self._rows]
+        rows = [(row.offset, row.start, first, at) for row, first, at in zip(self._rows, firsts, starts, strict=False)]
+        return _indices(rows, self._kv)
+
+    def _run_gathered_(
+        self, output: Tensor, layer_idx: int, query: Tensor, *, window: int | None, **terms: Any
+    ) -> None:
+        """Attend over a padded copy of keys and values, all rows in one call."""
+        if self._blocks is None:
+            self._blocks = self._pad()
         keys, values = self._kv.gather(layer_idx, self._blocks)
         num_rows, num_heads, num_positions, _ = keys.shape
         if window not in self._masks:
             positions = torch.arange(num_positions, device=self._kv.device)
-            self._masks[window] = _visible(self._last, positions, window)[:, None]
+            last = _indices([[row.start] for row in self._rows], self._kv)
+            self._masks[window] = _visible(last, positions, window)[:, None]
         # The query heads of one key head stand where a sequence of queries would: they see the same positions.
         chosen = query[0].index_select(1, self._offsets).transpose(0, 1)
         grouped = chosen.reshape(num_rows, num_heads, -1, query.shape[3])
         mixed = _attend(grouped, keys, values, mask=self._masks[window], **terms)
         output[0].index_copy_(0, self._offsets, mixed.reshape(num_rows, -1, values.shape[3]))
+
+    def _pad(self) -> Tensor:
+        """Give every row as many blocks as the longest has, (rows, N) int64.
+
+        Short rows repeat a block of their own: what is masked there cannot carry a NaN from one row to another.
+        """
+        num_blocks = max(-(-row.context_tokens // self._kv.block_tokens) for row in self._rows)
+        padded = [(row.block_ids + row.block_ids[:1] * num_blocks)[:num_blocks] for row in self._rows]
+        return _indices(padded, self._kv)
 
 
 def _indices(numbers: Sequence[Any], kv: PagedKV) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapterhub.base import Base
@@ -33,6 +33,7 @@ from server.engine.loader import LoadedAdapter, load_adapter
 from server.engine.mix import load_mix
 from server.kernels import Segments, pick_kernel
 from server.layers import wrap_linears
+from server.products import Compute, PackedHead, ProductBuilder, pick_products
 from server.step_context import StepContext, step_context
 
 __all__ = ["Runner", "StepRow"]
@@ -50,20 +51,23 @@ class StepRow:
     """What one sequence does in one step.
 
     token_ids: its new tokens, a piece of the prompt or the last generated token; start: position of the first of them;
-    block_ids: its blocks from position 0 on, enough for the new tokens; slot: -1 for the base.
+    block_ids: its blocks from position 0 on, enough for the new tokens; those before `start` may be shared with other
+    rows; slot: -1 for the base. gates: (T, L, K) float32 for the T new tokens, what each decoder layer gives to each
+    expert of the slot; None for ones.
     """
 
     token_ids: tuple[int, ...]
     start: int
     block_ids: tuple[int, ...]
     slot: int
+    gates: Tensor | None = None
 
 
 class Runner:
     """A base model with `num_slots` places for adapters and `num_blocks` blocks for keys and values.
 
     model: as `load_model` returns it; its linears and its attention are replaced in place. kernel: a name in
-    `server.kernels.KERNELS` or "auto". Not safe for use by several threads.
+    `server.kernels.KERNELS` or "auto". compute: see `server.products.pick_products`. Not safe for several threads.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Runner:
         num_blocks: int,
         block_size: int = 16,
         kernel: str = "auto",
+        compute: Compute = "float32",
     ) -> None:
         _refuse_batch_dependent_rope(model)
         _refuse_unknown_layers(model)
@@ -85,7 +90,9 @@ class Runner:
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self._device = model.device
         picked = pick_kernel(kernel, device=self._device.type)
-        self._layers = wrap_linears(model, base.modules, num_slots=num_slots, kernel=picked)
+        products = pick_products(compute, device=self._device.type)
+        self._layers = wrap_linears(model, base.modules, num_slots=num_slots, kernel=picked, build_product=products)
+        _pack_head_(model, products)
         self._resident: list[LoadedAdapter | None] = [None] * num_slots
         self._epoch = 0
         register_paged_attention()
@@ -166,7 +173,8 @@ class Runner:
         last = [0] * len(rows)
         for idx, end in zip(order, ends, strict=True):
             last[idx] = end - 1
-        return self._forward(ordered, StepContext(_segments(ordered), AttentionStep(self._kv, spans)), last=last)
+        context = StepContext(_segments(ordered), AttentionStep(self._kv, spans), _gates(ordered))
+        return self._forward(ordered, context, last=last)
 
     def _forward(self, rows: Sequence[StepRow], step: StepContext, *, last: Sequence[int]) -> Tensor:
         """Run the rows, sorted by slot, as one sequence (1, T); return the logits (len(last), V) at tokens `last`."""
@@ -221,6 +229,29 @@ def _segments(rows: Sequence[StepRow]) -> Segments | None:
     if all(slot < 0 for slot, _ in sizes):
         return None
     return Segments(tuple(slot for slot, _ in sizes), tuple(size for _, size in sizes))
+
+
+def _gates(rows: Sequence[StepRow]) -> Tensor | None:
+    """Join the gates of all rows, (T, L, K); rows without gates, and experts a row does not have, get ones."""
+    given = [row.gates for row in rows if row.gates is not None]
+    if not given:
+        return None
+    num_layers, num_experts = given[0].shape[1], max(gates.shape[2] for gates in given)
+    joined = given[0].new_ones(sum(len(row.token_ids) for row in rows), num_layers, num_experts)
+    start = 0
+    for row in rows:
+        if row.gates is not None:
+            joined[start : start + len(row.token_ids), :, : row.gates.shape[2]] = row.gates
+        start += len(row.token_ids)
+    return joined
+
+
+def _pack_head_(model: PreTrainedModel, products: ProductBuilder) -> None:
+    """Replace the linear that gives logits by one with a packed weight."""
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if module is head and isinstance(module, nn.Linear):
+            model.set_submodule(name, PackedHead(products([module])))
 
 
 def _refuse_batch_dependent_rope(model: PreTrainedModel) -> None:

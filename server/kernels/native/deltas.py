@@ -1,0 +1,117 @@
+"""The formula of `server.kernels.base` in compiled code: one call for all members and segments of a group.
+
+Knows tensors and segments. Where a slot's tensors lie is kept per group and looked up again only when a slot changed;
+the cut of the step into chunks is kept for as long as the step lasts. See adapters.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from adapterhub.errors import SettingsError
+from server.kernels.base import Kernel, Member, Segments, SlotWeights
+from server.kernels.cpu import scale_inputs
+from server.kernels.native.library import Library, find_library
+
+__all__ = ["build_kernel"]
+
+_NUM_FIELDS = 11  # Numbers of one slot_weights in adapters.c.
+
+
+class _Table:
+    """The slots of one group as adapters.c reads them. kept: every tensor an address points into."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.slots = [list(member.slots) for member in members]
+        self.kept: list[Tensor] = []
+        rows = [self._row(column[slot]) for slot in range(len(self.slots[0])) for column in self.slots]
+        self.fields = torch.tensor(rows, dtype=torch.int64)
+        self.columns = torch.tensor([[member.start, member.width] for member in members], dtype=torch.int64)
+        self.max_rank = max((row[7] for row in rows), default=0)
+
+    def is_current(self, members: Sequence[Member]) -> bool:
+        """Tell whether every slot still holds the same object."""
+        return all(member.slots == column for member, column in zip(members, self.slots, strict=True))
+
+    def _row(self, weights: SlotWeights | None) -> list[int]:
+        if weights is None:
+            return [0] * _NUM_FIELDS
+        a, b, rank = weights.a, weights.b, 0
+        if a is not None and b is not None and a.shape[0]:
+            rank = a.shape[0]
+            a = a if a.stride(1) == 1 else a.contiguous()
+            b = b if b.stride(0) == 1 else b.t().contiguous().t()
+        scales = (weights.rank_scale, weights.delta_scale, weights.out_scale, weights.out_shift)
+        diagonals = [None if one is None else one.contiguous() for one in (*scales, weights.expert_of_rank)]
+        strides = [a.stride(0), b.stride(1)] if rank and a is not None and b is not None else [0, 0]
+        return [*(self._address(one) for one in (a, b, *diagonals)), rank, *strides, 1]
+
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+
+class _Deltas:
+    """`apply_deltas_` with what it remembers between calls. Used by one thread."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._tables: WeakKeyDictionary[Member, _Table] = WeakKeyDictionary()
+        self._segments: Segments | None = None
+        self._chunks = torch.empty(0, 3, dtype=torch.int64)
+
+    def apply_deltas_(
+        self, y: Tensor, x: Tensor, *, segments: Segments, members: Sequence[Member], gates: Tensor | None = None
+    ) -> None:
+        """Turn y (T, O_total) = W u + bias into the result, in place; x: (T, H) float32, gates: (T, K) float32."""
+        table = self._tables.get(members[0])
+        if table is None or not table.is_current(members):
+            table = self._tables[members[0]] = _Table(members)
+        if segments is not self._segments:
+            self._chunks, self._segments = _chunks(segments, self._library.chunk_tokens), segments
+        x = x if x.stride(1) == 1 else x.contiguous()
+        gates = None if gates is None else gates.contiguous()
+        self._library.apply_deltas(
+            y.data_ptr(),
+            x.data_ptr(),
+            0 if gates is None else gates.data_ptr(),
+            table.fields.data_ptr(),
+            table.columns.data_ptr(),
+            self._chunks.data_ptr(),
+            self._chunks.shape[0],
+            len(members),
+            x.shape[1],
+            y.stride(0),
+            x.stride(0),
+            0 if gates is None else gates.shape[1],
+            table.max_rank,
+            torch.get_num_threads(),
+        )
+
+
+def build_kernel() -> Kernel:
+    """Return a kernel; what it remembers belongs to it alone. Raises SettingsError where nothing can be compiled."""
+    library = find_library()
+    if library is None:
+        raise SettingsError(
+            "The kernel 'native' is not compiled here.", "Use 'cpu', or install the package ziglang on Linux."
+        )
+    return Kernel("native", scale_inputs, _Deltas(library).apply_deltas_)
+
+
+def _chunks(segments: Segments, max_tokens: int) -> Tensor:
+    """Cut the segments of adapters into pieces (slot, first token, number of tokens), (C, 3) int64."""
+    chunks: list[tuple[int, int, int]] = []
+    first = 0
+    for owner, size in zip(segments.owner, segments.sizes_tokens, strict=True):
+        if owner >= 0:
+            pieces = range(0, size, max_tokens)
+            chunks += [(owner, first + begin, min(max_tokens, size - begin)) for begin in pieces]
+        first += size
+    return torch.tensor(chunks, dtype=torch.int64).view(-1, 3)
