@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,10 @@ def serve(
     preload: Annotated[str | None, typer.Option(help="Adapters to load first, such as summarize,ask@v2.")] = None,
     base: Annotated[str | None, typer.Option(help="Base to serve: short name, hub id or folder.")] = None,
     quantization: Annotated[str | None, typer.Option(help="nf4, int8 or none.")] = None,
+    compute: Annotated[
+        Literal["float32", "int8"],
+        typer.Option(help="float32 multiplies with the base's values; int8 rounds them and is faster."),
+    ] = "float32",
     kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for keys and values, MiB.")] = 1024,
     drain_s: Annotated[
         float, typer.Option(min=0, max=86400, help="Seconds that answers in flight get at shutdown.")
@@ -41,6 +45,7 @@ def serve(
         num_slots=max_slots,
         preload=[name.strip() for name in (preload or "").split(",") if name.strip()],
         kv_memory_mib=kv_memory_mib,
+        compute=compute,
         drain_s=drain_s,
         on_ready=typer.echo,
     )

@@ -12,6 +12,7 @@ from adapterhub.errors import UserInputError
 from server.engine.engine import NativeEngine
 from server.engine.runner import Runner
 from server.engine.scheduler import Limits
+from server.products import Compute
 
 __all__ = ["block_bytes", "build_engine", "num_blocks_within"]
 
@@ -21,17 +22,26 @@ _MIN_TOKENS = 256  # Less does not hold a short conversation.
 _FLOAT_BYTES = 4
 
 
-def build_engine(base: Base, *, num_slots: int, kv_memory_mib: int, limits: Limits | None = None) -> NativeEngine:
-    """Load the base and build an engine that is not started yet. Raises UserInputError for too small a memory."""
+def build_engine(
+    base: Base, *, num_slots: int, kv_memory_mib: int, compute: Compute = "float32", limits: Limits | None = None
+) -> NativeEngine:
+    """Load the base and build an engine that is not started yet.
+
+    compute: see `server.products.pick_products`. Raises UserInputError for too small a memory, and for int8 where it
+    cannot be computed.
+    """
     limits = limits or Limits()
     model = load_model(base)
     num_blocks = num_blocks_within(kv_memory_mib, model.config, base, limits)
-    runner = Runner(model, base, num_slots=num_slots, num_blocks=num_blocks, block_size=_BLOCK_TOKENS)
+    runner = Runner(
+        model, base, num_slots=num_slots, num_blocks=num_blocks, block_size=_BLOCK_TOKENS, compute=compute
+    )
     _log.info(
-        "base %s (%s, %s): %d slots; keys and values of %d tokens in %.0f MiB",
+        "base %s (%s, %s), computed in %s: %d slots; keys and values of %d tokens in %.0f MiB",
         base.name,
         base.quantization,
         base.digest[:12],
+        compute,
         num_slots,
         num_blocks * _BLOCK_TOKENS,
         num_blocks * block_bytes(model.config) / 2**20,

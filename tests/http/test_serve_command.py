@@ -114,9 +114,11 @@ async def test_a_client_that_never_ends_its_body_does_not_hold_up_shutdown(lab) 
         writer.write(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"prompt"')
         await writer.drain()
         await asyncio.sleep(0.1)
+        assert not serving.done()
         os.kill(os.getpid(), signal.SIGTERM)
-        async with asyncio.timeout(6):
-            await serving
+        done, _ = await asyncio.wait([serving], timeout=6)
+        assert done == {serving}
+        assert serving.exception() is None
         writer.close()
 
 
@@ -209,6 +211,7 @@ def test_a_preload_that_does_not_exist_is_refused_before_the_model_loads(lab, tm
             num_slots=1,
             preload=["nothing"],
             kv_memory_mib=8,
+            compute="float32",
             drain_s=1,
             on_ready=lambda _: None,
         )
