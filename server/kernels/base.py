@@ -76,7 +76,7 @@ class Segments:
     sizes_tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Member:
     """One of the linears that are packed side by side and read the same x: columns [start, start + width) of y.
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from server.kernels.base import Member, Segments, SlotWeights
+from server.kernels.base import Kernel, Member, Segments, SlotWeights
 
-__all__ = ["apply_deltas_", "scale_inputs"]
+__all__ = ["apply_deltas_", "build_kernel", "scale_inputs"]
 
 
 def _weights_per_token(segments: Segments, slots: Sequence[SlotWeights | None]) -> Iterator[tuple[int, SlotWeights]]:
@@ -22,6 +22,11 @@ def _weights_per_token(segments: Segments, slots: Sequence[SlotWeights | None]) 
             if weights is not None:
                 yield token, weights
             token += 1
+
+
+def build_kernel() -> Kernel:
+    """Return the kernel; it remembers nothing."""
+    return Kernel("reference", scale_inputs, apply_deltas_)
 
 
 def scale_inputs(x: Tensor, *, segments: Segments, slots: Sequence[SlotWeights | None]) -> Tensor:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -9,137 +11,179 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterhub.errors import SettingsError
-from server.kernels import KERNELS, Kernel, Member, Segments, SlotWeights, pick_kernel
-from server.layers import AdapterLinear
+from server.kernels import Segments, SlotWeights, load_kernel, pick_kernel
+from server.layers import AdapterLinear, LinearGroup
 from server.step_context import StepContext, current_step, step_context
+from tests.support.kernel_cases import CPU_KERNELS, KINDS, Case, build_case, exact, largest_error, run_cases
 
 NUM_IN, NUM_OUT = 12, 20
-KINDS = ("none", "lora", "dora", "ia3-output", "ia3-input", "vera", "everything")
+ODD_RANKS = (0, 1, 3, 8, 17, 64)
 
 
-def build_slot(kind: str, rank: int, *, shared: SlotWeights) -> SlotWeights | None:
-    a, b = torch.randn(rank, NUM_IN), torch.randn(NUM_OUT, rank)
-    match kind:
-        case "lora":
-            return SlotWeights(a=a, b=b)
-        case "dora":
-            return SlotWeights(a=a, b=b, out_scale=torch.randn(NUM_OUT), out_shift=torch.randn(NUM_OUT))
-        case "ia3-output":
-            return SlotWeights(out_scale=torch.randn(NUM_OUT))
-        case "ia3-input":
-            return SlotWeights(in_scale=torch.randn(NUM_IN))
-        case "vera":
-            assert shared.a is not None
-            scale = torch.randn(shared.a.shape[0])
-            return SlotWeights(a=shared.a, b=shared.b, rank_scale=scale, delta_scale=torch.randn(NUM_OUT))
-        case "everything":
-            return SlotWeights(
-                a=a,
-                b=b,
-                rank_scale=torch.randn(rank),
-                delta_scale=torch.randn(NUM_OUT),
-                out_scale=torch.randn(NUM_OUT),
-                out_shift=torch.randn(NUM_OUT),
-                in_scale=torch.randn(NUM_IN),
-            )
-    return None
+def check_kernels(cases: Sequence[Case]) -> None:
+    expected = [exact(case) for case in cases]
+    before = [(case.x.clone(), case.y.clone()) for case in cases]
+    for name in CPU_KERNELS:
+        for case, (x, _), (y, inputs), (exact_y, exact_inputs) in zip(
+            cases, before, run_cases(load_kernel(name), cases), expected, strict=True
+        ):
+            assert torch.equal(case.x, x), f"{name} changed its input"
+            assert largest_error(y, exact_y) < 1e-5, name
+            for found, wanted in zip(inputs, exact_inputs, strict=True):
+                assert largest_error(found, wanted) < 1e-6, name
 
 
-def formula(x: torch.Tensor, layer: torch.nn.Linear, owners: Sequence[int], slots: Sequence[SlotWeights | None]):
-    """The formula in float64, written token by token from the table in `server.kernels.base`."""
-    weight, bias = layer.weight.double(), layer.bias.double()
-    result = []
-    for row, owner in zip(x.double(), owners, strict=True):
-        entry = slots[owner] if owner >= 0 else None
-        entry = entry or SlotWeights()
-        u = row if entry.in_scale is None else row * entry.in_scale.double()
-        y = weight @ u + bias
-        if entry.a is not None and entry.b is not None:
-            v = entry.a.double() @ row
-            v = v if entry.rank_scale is None else v * entry.rank_scale.double()
-            delta = entry.b.double() @ v
-            y = y + (delta if entry.delta_scale is None else delta * entry.delta_scale.double())
-        y = y if entry.out_scale is None else y * entry.out_scale.double()
-        result.append(y if entry.out_shift is None else y + entry.out_shift.double())
-    return torch.stack(result) if result else torch.empty(0, NUM_OUT, dtype=torch.float64)
+ranks = st.one_of(st.sampled_from(ODD_RANKS), st.integers(1, 128))
+modules = st.tuples(st.sampled_from(KINDS), ranks)
 
 
-def run(kernel: Kernel, layer: torch.nn.Linear, x: torch.Tensor, segments: Segments, slots) -> torch.Tensor:
-    y = layer(kernel.scale_inputs(x, segments=segments, slots=slots))
-    kernel.apply_deltas_(y, x, segments=segments, members=[Member(0, y.shape[-1], slots)])
-    return y
+@st.composite
+def steps(draw: st.DrawFn) -> Case:
+    num_members = draw(st.integers(1, 3))
+    kinds = draw(st.lists(st.lists(modules, min_size=num_members, max_size=num_members), min_size=1, max_size=6))
+    pairs = st.tuples(st.integers(-1, len(kinds) - 1), st.integers(0, 6))
+    segments = draw(st.lists(pairs, max_size=len(kinds) + 4))
+    return build_case(kinds, segments, has_gates=draw(st.booleans()), seed=draw(st.integers(0, 2**16)))
 
 
-def check_kernels(kinds: Sequence[tuple[str, int]], segments: Sequence[tuple[int, int]], *, seed: int) -> None:
-    torch.manual_seed(seed)
-    shared = SlotWeights(a=torch.randn(5, NUM_IN), b=torch.randn(NUM_OUT, 5))
-    slots = [build_slot(kind, rank, shared=shared) for kind, rank in kinds]
-    cut = Segments(tuple(owner for owner, _ in segments), tuple(size for _, size in segments))
-    owners = [owner for owner, size in segments for _ in range(size)]
-    layer = torch.nn.Linear(NUM_IN, NUM_OUT)
-    x = torch.randn(len(owners), NUM_IN)
-    before = x.clone()
-    with torch.inference_mode():
-        exact = formula(x, layer, owners, slots)
-        results = {name: run(kernel, layer, x, cut, slots) for name, kernel in KERNELS.items()}
-    bound = 1e-5 * (1 + exact.abs().amax().item() if len(owners) else 1)
-    for name, result in results.items():
-        assert torch.equal(x, before), f"{name} changed its input"
-        assert (result.double() - exact).abs().max().item() < bound if len(owners) else result.shape == exact.shape, (
-            name
-        )
-
-
-slot_lists = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 128)), min_size=1, max_size=6)
-
-
-@settings(max_examples=80, deadline=None)
-@given(data=st.data(), kinds=slot_lists, seed=st.integers(0, 2**16))
-def test_every_kernel_computes_the_formula_for_any_segments(data: st.DataObject, kinds, seed) -> None:
-    pairs = st.tuples(st.integers(-1, len(kinds) - 1), st.integers(0, 4))
-    check_kernels(kinds, data.draw(st.lists(pairs, max_size=10)), seed=seed)
+@settings(max_examples=60, deadline=None)
+@given(steps())
+def test_every_kernel_computes_the_formula_for_any_step(case: Case) -> None:
+    check_kernels([case])
 
 
 @pytest.mark.parametrize(
     ("kinds", "segments"),
     [
-        ([("lora", 4)], []),
-        ([("lora", 4)], [(0, 0)]),
-        ([("lora", 4)], [(-1, 7)]),
-        ([("lora", 4)], [(0, 1)]),
-        ([("none", 1)], [(0, 3)]),
-        ([("lora", rank) for rank in (1, 3, 8, 17, 64, 128)], [(slot, 1) for slot in range(6)]),
-        ([("vera", 1), ("vera", 1), ("lora", 2), ("vera", 1)], [(0, 2), (1, 1), (-1, 1), (2, 3), (3, 1)]),
-        ([(kind, 7) for kind in KINDS], [(-1, 2), *((slot, 2) for slot in range(len(KINDS)))]),
+        ([[("lora", 4)]], []),
+        ([[("lora", 4)]], [(0, 0)]),
+        ([[("lora", 4)] * 3], [(-1, 7)]),
+        ([[("lora", 4)] * 3], [(0, 1)]),
+        ([[("none", 1)] * 2], [(0, 3)]),
+        ([[("lora", rank)] for rank in ODD_RANKS], [(slot, 1) for slot in range(6)]),
+        ([[("lora", 4)]] * 2, [(0, 2), (1, 3), (0, 1), (-1, 1), (1, 17)]),
+        ([[("vera", 1)]] * 2 + [[("lora", 2)], [("vera", 1)]], [(0, 2), (1, 1), (-1, 1), (2, 3), (3, 1)]),
+        ([[("lora", 1), ("none", 0), ("lora", 64)], [("none", 0), ("dora", 3), ("vera", 0)]], [(0, 2), (1, 5)]),
+        ([[(kind, 7), (kind, 2), (kind, 0)] for kind in KINDS], [(-1, 2), *((slot, 2) for slot in range(len(KINDS)))]),
     ],
-    ids=["no tokens", "an empty segment", "all base", "one row", "no module", "all distinct", "shared", "every kind"],
+    ids=[
+        "no tokens",
+        "an empty segment",
+        "all base",
+        "one row",
+        "no module",
+        "all distinct",
+        "a slot twice",
+        "shared",
+        "unequal members",
+        "every kind",
+    ],
 )
 def test_every_kernel_handles(kinds, segments) -> None:
-    check_kernels(kinds, segments, seed=1)
+    check_kernels([build_case(kinds, segments, seed=1)])
 
 
-def test_auto_picks_the_cpu_kernel_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slot_that_is_written_again_keeps_nothing_of_what_was_there() -> None:
+    first = [[("everything", 64), ("everything", 17)], [("dora", 8), ("lora", 3)]]
+    later = [[("lora", 1), ("none", 0)], [("ia3-output", 0), ("vera", 0)]]
+    segments = [(0, 3), (-1, 1), (1, 2)]
+    check_kernels([build_case(kinds, segments, seed=seed) for seed, kinds in enumerate((first, later, first))])
+
+
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_a_slot_with_stacked_ranks_is_the_weighted_sum_of_its_parts(name: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, NUM_IN), torch.randn(4, NUM_OUT)
+    ranks, weights = (1, 8, 3), (0.5, -1.25, 2.0)
+    parts = [(torch.randn(rank, NUM_IN), torch.randn(NUM_OUT, rank)) for rank in ranks]
+    scaled = [b * weight for (_, b), weight in zip(parts, weights, strict=True)]
+    mixed = SlotWeights(a=torch.cat([a for a, _ in parts]), b=torch.cat(scaled, dim=1))
+    [(found, _)] = run_cases(load_kernel(name), [Case(x, y, Segments((0,), (4,)), (NUM_OUT,), ((mixed,),))])
+    deltas = [
+        weight * (x.double() @ a.double().t()) @ b.double().t() for (a, b), weight in zip(parts, weights, strict=True)
+    ]
+    assert largest_error(found, y.double() + sum(deltas)) < 1e-6
+
+
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_gates_of_a_token_choose_among_the_experts_of_its_slot(name: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(3, NUM_IN), torch.randn(3, NUM_OUT)
+    a, b = torch.randn(5, NUM_IN), torch.randn(NUM_OUT, 5)
+    experts = SlotWeights(a=a, b=b, expert_of_rank=torch.tensor([0, 0, 1, 1, 1]))
+    gates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.25, 0.75]])
+    case = Case(x, y, Segments((0,), (3,)), (NUM_OUT,), ((experts,),), gates)
+    [(found, _)] = run_cases(load_kernel(name), [case])
+    first, second = (
+        x.double() @ a[:2].double().t() @ b[:, :2].double().t(),
+        x.double() @ a[2:].double().t() @ b[:, 2:].double().t(),
+    )
+    expected = y.double() + torch.stack([first[0], second[1], 0.25 * first[2] + 0.75 * second[2]])
+    assert largest_error(found, expected) < 1e-6
+
+
+def test_auto_picks_the_cpu_kernel_where_none_is_compiled_and_says_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.kernels.dispatch.find_library", lambda: None)
     with caplog.at_level(logging.INFO, logger="server.kernels.dispatch"):
         assert pick_kernel("auto", device="cpu").name == "cpu"
     assert caplog.messages == ["kernel cpu: the fastest for device 'cpu'"]
 
 
-def test_a_device_without_a_kernel_of_its_own_gets_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_picks_triton_on_a_gpu_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    with caplog.at_level(logging.INFO, logger="server.kernels.dispatch"):
+        assert pick_kernel("auto", device="cuda").name == "triton"
+    assert caplog.messages == ["kernel triton: the fastest for device 'cuda'"]
+
+
+def test_a_gpu_without_triton_gets_the_cpu_kernel_and_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.kernels.dispatch.find_spec", lambda _: None)
     assert pick_kernel("auto", device="cuda").name == "cpu"
     assert caplog.messages == [
-        "kernel cpu: none is written for device 'cuda'; each segment costs two launches per linear"
+        "kernel cpu: 'triton' is not installed; on 'cuda' each segment costs two launches per linear"
     ]
 
 
 def test_an_unknown_kernel_is_refused_with_the_list_of_names() -> None:
     with pytest.raises(SettingsError) as caught:
         pick_kernel("refernce", device="cpu")
-    assert str(caught.value) == "Unknown kernel 'refernce'; allowed: auto, cpu, reference. Did you mean 'reference'?"
+    assert str(caught.value) == (
+        "Unknown kernel 'refernce'; allowed: auto, cpu, native, reference, triton. Did you mean 'reference'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "has_package", "where"), [("cpu", True, "'cpu'"), ("cuda", False, "'cuda' without the package")]
+)
+def test_triton_is_refused_where_it_cannot_run(
+    device: str, has_package: bool, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.kernels.dispatch.find_spec", lambda name: name if has_package else None)
+    with pytest.raises(SettingsError) as caught:
+        pick_kernel("triton", device=device)
+    assert str(caught.value) == (
+        f"The kernel 'triton' needs a GPU and the package 'triton'; this server runs on {where}. "
+        "Use 'auto' to let the server choose."
+    )
+
+
+def test_picking_the_cpu_kernel_imports_no_other() -> None:
+    code = (
+        "import sys; from server.kernels import pick_kernel; pick_kernel('cpu', device='cpu'); "
+        "print([name for name in ('triton', 'server.kernels.reference') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_step_without_adapters_is_exactly_the_base_layer() -> None:
     layer = torch.nn.Linear(NUM_IN, NUM_OUT)
-    wrapped = AdapterLinear(layer, num_slots=2, kernel=KERNELS["cpu"])
+    group = LinearGroup(layer, [NUM_OUT], biases=[layer.bias], num_slots=2, kernel=load_kernel("cpu"))
+    wrapped = AdapterLinear(group, 0)
     wrapped.write_slot(1, SlotWeights(out_scale=torch.zeros(NUM_OUT)))
     x = torch.randn(1, 3, NUM_IN)
     for step in (StepContext(None), StepContext(Segments((-1, 0), (2, 1)))):
