@@ -27,7 +27,7 @@ class BlockPool:
         self._num_users = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        # In the order in which they are given away: those without a hash, then the registered, unused for longest first.
+        # As they are given away: those without a hash first, then the registered, unused for longest first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
     @property

@@ -15,15 +15,15 @@ from typing import Any
 from adapterhub.base.identity import Base
 from adapterhub.base.prompts import stop_token_ids
 from adapterhub.errors import AdapterLoadError, ContextTooLongError, OverloadedError, RequestError
+from adapterhub.records import EffectReport
 from server.engine.detokenize import TokenTexts
 from server.engine.grammar import Grammars
 from server.engine.host import Loads, load_parts
-from server.engine.residency import Tier
 from server.engine.sampling import Sampler
 from server.engine.sequence import Limits
 from server.engine.step_loop import StepLoop, StepRunner
 from server.engine.track import Track
-from server.engine.types import AdapterHandle, EngineStatus, Event, GenerateRequest, TokenEvent
+from server.engine.types import AdapterHandle, EngineStatus, Event, GenerateRequest, Tier, TokenEvent
 
 __all__ = ["NativeEngine"]
 
@@ -145,15 +145,17 @@ class NativeEngine:
         assert self._loop is not None
         self._loop.put_slow(handle)
 
-    async def load(self, handle: AdapterHandle) -> None:
-        """Load an adapter, and write it into a slot at once if one has no user.
+    async def load(self, handle: AdapterHandle) -> EffectReport | None:
+        """Load an adapter, and write it into a slot at once if one has no user; return its effect, None for a mix.
 
         Raises AdapterLoadError, and OverloadedError when the engine is not running.
         """
         if self._loop is None or not self.status().is_ready:
             raise OverloadedError("The engine is not running.", "Start it first.")
-        if handle.digest not in self.residency():
-            await asyncio.wrap_future(self._loads.start(handle))
+        adapter = self._loop.find_adapter(handle.digest)
+        if adapter is None:
+            adapter = await asyncio.wrap_future(self._loads.start(handle))
+        return adapter.report
 
     def resident(self) -> list[str]:
         """Digests that are on the device or on the host."""

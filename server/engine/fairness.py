@@ -31,36 +31,43 @@ _K = TypeVar("_K")
 
 
 class _Counters(Generic[_K]):
-    """Tokens served per client, and who waits."""
+    """Tokens served per client, and who waits.
+
+    A client that comes back is lifted to the least served of those who wait; if nobody waits, to who waited last.
+    """
 
     def __init__(self) -> None:
         self.served: dict[_K, int] = {}
         self._num_waiting: Counter[_K] = Counter()
-        self._floor = 0
+        self._last: _K | None = None
 
     def join(self, client: _K) -> None:
-        """Note one more waiting sequence of a client; its first one lifts the counter to the least of the others."""
+        """Note one more waiting sequence of a client; its first one lifts the counter."""
         if not self._num_waiting[client]:
-            waiting = [self.served[one] for one, number in self._num_waiting.items() if number]
-            self._floor = max(self._floor, min(waiting, default=self._floor))
-            self.served[client] = max(self.served.get(client, 0), self._floor)
+            self.served[client] = max(self.served.get(client, 0), self._floor())
         self._num_waiting[client] += 1
 
     def leave(self, client: _K) -> None:
         """Note one waiting sequence less."""
+        self._last = client
         self._num_waiting[client] -= 1
         if not self._num_waiting[client]:
             del self._num_waiting[client]
-        if not self._num_waiting:
-            self._floor = max(self._floor, self.served[client])
         if len(self.served) > _MAX_IDLE_COUNTERS + 2 * len(self._num_waiting):
+            floor = self._floor()
             self.served = {
-                one: tokens for one, tokens in self.served.items() if one in self._num_waiting or tokens > self._floor
+                one: tokens
+                for one, tokens in self.served.items()
+                if one in self._num_waiting or one == client or tokens > floor
             }
+
+    def _floor(self) -> int:
+        waiting = [self.served[one] for one, number in self._num_waiting.items() if number]
+        return min(waiting) if waiting else self.served.get(self._last, 0) if self._last is not None else 0
 
     def charge(self, client: _K, tokens: int) -> None:
         """Count what a client was served."""
-        self.served[client] = self.served.get(client, self._floor) + tokens
+        self.served[client] = self.served.get(client, 0) + tokens
 
 
 class FairQueue:
@@ -80,6 +87,11 @@ class FairQueue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_counters(self) -> int:
+        """Counters kept, of those who wait and those who left."""
+        return len(self._tenants.served) + sum(len(one.served) for one in self._adapters.values())
 
     def __iter__(self) -> Iterator[Sequence]:
         """Iterate over a copy, in no particular order."""

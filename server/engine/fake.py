@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection
 
-from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError
+from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError, RequestError
 from server.engine.detokenize import Detokenizer, StopFilter, Tokenizer, TokenTexts
 from server.engine.types import (
     AdapterHandle,
@@ -18,6 +18,7 @@ from server.engine.types import (
     Event,
     FinishEvent,
     GenerateRequest,
+    Tier,
     TokenEvent,
     TokenLogprob,
     TokenScore,
@@ -64,6 +65,8 @@ class FakeEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Yield the tokens of `[label] prompt`, then one terminal event."""
+        if not request.prompt_token_ids:
+            raise RequestError(f"Request {request.request_id!r} has a prompt of 0 tokens.", "Send at least one.")
         if not self._is_running or len(self.running) >= self._max_requests:
             raise OverloadedError(f"All {self._max_requests} places are taken.", "Try again later.")
         self.running.add(request.request_id)
@@ -114,8 +117,8 @@ class FakeEngine:
         score = TokenScore(token_id, self._texts.text(token_id), self._texts.raw(token_id), -0.5)
         return TokenLogprob(score, (score,) * min(1, request.sampling.logprobs))
 
-    async def load(self, handle: AdapterHandle) -> None:
-        """Remember the adapter. Raises AdapterLoadError for the broken ones."""
+    async def load(self, handle: AdapterHandle) -> EffectReport | None:
+        """Remember the adapter; its effect is not measured. Raises AdapterLoadError for the broken ones."""
         if handle.digest in self._broken:
             raise AdapterLoadError(f"Adapter {handle.label!r} cannot be loaded: it is broken.", "Publish it again.")
         self._loaded[handle.digest] = handle
@@ -131,6 +134,10 @@ class FakeEngine:
     def resident(self) -> list[str]:
         """Digests that were loaded."""
         return list(self._loaded)
+
+    def residency(self) -> dict[str, Tier]:
+        """Everything that was loaded is on the device."""
+        return dict.fromkeys(self._loaded, "device")
 
     def status(self) -> EngineStatus:
         """Say how busy the engine is."""

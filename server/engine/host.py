@@ -77,6 +77,7 @@ class Loads(Generic[_T]):
         self._load = load
         self._listener = listener
         self._timeout_s = timeout_s
+        self._slow_s = min(_SLOW_S, timeout_s)
         self._changed = threading.Condition()
         self._loads: dict[str, _Load[_T]] = {}
         self._queue: deque[_Load[_T]] = deque()
@@ -93,13 +94,13 @@ class Loads(Generic[_T]):
             if self._is_stopped:
                 raise OverloadedError("The server is shutting down.", "Send the request again later.")
             load = self._loads.get(handle.digest)
-            is_timed_out = load is not None and load.is_settled
+            is_known = load is not None and load.is_settled
             if load is None:
                 load = self._loads[handle.digest] = _Load(handle)
                 load.future.set_running_or_notify_cancel()
                 self._queue.append(load)
                 self._begin()
-        if is_timed_out:
+        if is_known:
             self._listener.on_loaded(handle, load.future, load_s=self._timeout_s)
         return load.future
 
@@ -135,10 +136,10 @@ class Loads(Generic[_T]):
             if not isinstance(exc, AdapterHubError):
                 _log.exception("adapter %s cannot be loaded", load.handle.label)
             outcome = exc
-        with self._changed:
+        self._settle(load, outcome)
+        with self._changed:  # Only now, so that nobody begins the same load while its outcome is on the way.
             del self._loads[load.handle.digest]
             self._begin()
-        self._settle(load, outcome)
 
     def _settle(self, load: _Load[_T], outcome: _T | BaseException) -> None:
         """Make an outcome known, unless the load timed out before."""
@@ -159,27 +160,27 @@ class Loads(Generic[_T]):
             with self._changed:
                 if self._is_stopped and not self._loads:
                     return
-                now = time.monotonic()
-                running = [load for load in self._loads.values() if load.started_s is not None and not load.is_settled]
-                slow = [load for load in running if not load.is_slow and now - _started(load) >= _SLOW_S]
-                late = [load for load in running if now - _started(load) >= self._timeout_s]
-                for load in {*slow, *late}:
+                running_s = {
+                    load: time.monotonic() - load.started_s
+                    for load in self._loads.values()
+                    if load.started_s is not None and not load.is_settled
+                }
+                late = [load for load, seconds in running_s.items() if seconds >= self._timeout_s]
+                slow = [load for load, seconds in running_s.items() if not load.is_slow and seconds >= self._slow_s]
+                for load in slow:
                     load.is_slow = True
                 if slow or late:
                     self._begin()
                 else:
-                    due = [_started(load) + (self._timeout_s if load.is_slow else _SLOW_S) - now for load in running]
-                    due += [_started(load) + self._timeout_s - now for load in running]
-                    self._changed.wait(min(due, default=None))
+                    left_s = (
+                        (self._timeout_s if load.is_slow else self._slow_s) - seconds
+                        for load, seconds in running_s.items()
+                    )
+                    self._changed.wait(min(left_s, default=None))
             for load in slow:
                 self._listener.on_slow(load.handle)
             for load in late:
                 self._settle(load, TimeoutError(f"it takes longer than {self._timeout_s:g} s"))
-
-
-def _started(load: _Load[Any]) -> float:
-    assert load.started_s is not None
-    return load.started_s
 
 
 def _load_error(handle: AdapterHandle, exc: BaseException) -> AdapterLoadError:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from adapterhub.errors import AdapterLoadError
 from server.engine.eviction import GreedyDual
 from server.engine.slots import SlotTable
+from server.engine.types import Tier
 
-__all__ = ["Residency", "SlotWriter", "Tier"]
+__all__ = ["Residency", "SlotWriter"]
 
 _log = logging.getLogger(__name__)
-
-Tier = Literal["device", "host"]
 
 
 class SlotWriter(Protocol):

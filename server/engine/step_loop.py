@@ -22,14 +22,14 @@ from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError
 from server.engine.blocks import BlockPool
 from server.engine.host import AdapterLoader
 from server.engine.isolation import run_isolated
-from server.engine.residency import Residency, SlotWriter, Tier
+from server.engine.residency import Residency, SlotWriter
 from server.engine.runner import StepRow
 from server.engine.sampling import Sampled, Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Limits, Row, StepPlan
 from server.engine.sequence import Sequence as SequenceState
 from server.engine.track import Track
-from server.engine.types import AdapterHandle, ErrorEvent, Event, TokenEvent
+from server.engine.types import AdapterHandle, ErrorEvent, Event, Tier, TokenEvent
 
 __all__ = ["StepLoop", "StepRunner"]
 
@@ -146,6 +146,10 @@ class StepLoop:
     def tiers(self) -> dict[str, Tier]:
         """Return where each adapter is that is on the device or on the host."""
         return self._residency.tiers()
+
+    def find_adapter(self, digest: str) -> Any:
+        """Return an adapter that is on the host or on the device, or None."""
+        return self._residency.loaded.get(digest)
 
     @property
     def num_cached_tokens(self) -> int:

@@ -11,6 +11,7 @@ from typing import Literal, Protocol, Self
 import rfc8785
 
 from adapterhub.errors import AdapterHubError
+from adapterhub.records import EffectReport
 
 __all__ = [
     "MAX_STACKED_RANK",
@@ -25,12 +26,14 @@ __all__ = [
     "GenerateRequest",
     "OutputRule",
     "SamplingParams",
+    "Tier",
     "TokenEvent",
     "TokenLogprob",
     "TokenScore",
 ]
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Tier = Literal["device", "host"]
 
 # Ranks side by side in one linear. Rank 1024 costs as much as a dense 1024-wide linear; more is no adapter any more.
 MAX_STACKED_RANK = 1024
@@ -224,8 +227,11 @@ class Engine(Protocol):
         """
         ...
 
-    async def load(self, handle: AdapterHandle) -> None:
-        """Bring an adapter close to the device before anyone asks for it. Raises AdapterLoadError."""
+    async def load(self, handle: AdapterHandle) -> EffectReport | None:
+        """Bring an adapter close to the device before anyone asks for it; return its effect, None for a mix.
+
+        Raises AdapterLoadError, and OverloadedError when the engine is not running.
+        """
         ...
 
     async def start(self) -> None:
@@ -238,6 +244,10 @@ class Engine(Protocol):
 
     def resident(self) -> list[str]:
         """Digests that are on the device or on the host."""
+        ...
+
+    def residency(self) -> dict[str, Tier]:
+        """Return the tier of each resident digest."""
         ...
 
     def status(self) -> EngineStatus:

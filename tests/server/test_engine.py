@@ -55,7 +55,7 @@ async def test_an_answer_is_token_events_and_one_terminal_event(any_engine: Engi
 
 
 async def test_the_same_request_gives_the_same_answer(any_engine: Engine) -> None:
-    assert await collect(any_engine, request("1", "a")) == await collect(any_engine, request("2", "a"))
+    assert await tokens_of(any_engine, request("1", "a")) == await tokens_of(any_engine, request("2", "a"))
 
 
 async def test_different_adapters_give_different_answers(any_engine: Engine) -> None:
@@ -96,6 +96,7 @@ async def test_a_broken_adapter_fails_only_its_own_requests(any_engine: Engine) 
 
 
 async def test_loading_makes_an_adapter_resident(any_engine: Engine) -> None:
+    assert any_engine.resident() == []
     await any_engine.load(handle("a"))
     await until(lambda: any_engine.resident() == ["digest-a"])
 
@@ -104,6 +105,8 @@ async def test_closing_the_generator_cancels_the_request(any_engine: Engine) -> 
     async with aclosing(any_engine.generate(request("r", max_tokens=100))) as events:
         await anext(events)
     await until(lambda: any_engine.status().num_running == 0)
+    if isinstance(any_engine, FakeEngine):
+        assert any_engine.cancelled == ["r"]
 
 
 async def test_a_stopped_engine_refuses(any_engine: Engine) -> None:
@@ -161,9 +164,12 @@ async def test_more_adapters_than_slots_are_served_in_turn_and_correctly() -> No
     asked = [request(f"{idx}", f"adapter{idx % 7}", max_tokens=4) for idx in range(28)]
     async with running(runner) as engine:
         answers = await asyncio.gather(*(tokens_of(engine, one) for one in asked))
-        assert len(engine.resident()) <= 4
+        tiers = engine.residency()
+    assert sorted(tiers) == [f"digest-adapter{idx}" for idx in range(7)]
+    assert sorted(tiers.values()) == ["device"] * 2 + ["host"] * 5
     assert answers == [expected_answer(one) for one in asked]
     assert len(runner.writes) >= 7
+    assert len(runner.loads) == 7  # What lost its slot came back without the disk.
 
 
 async def test_the_key_value_memory_may_be_smaller_than_what_is_asked_for() -> None:
@@ -243,11 +249,19 @@ async def test_an_adapter_that_cannot_be_written_fails_only_its_requests() -> No
     assert "digest-wide" not in engine.resident()
 
 
-async def test_a_failed_step_ends_its_requests_and_the_engine_goes_on() -> None:
+async def test_a_row_that_breaks_its_step_fails_alone_and_the_others_go_on() -> None:
     runner = FakeRunner()
     runner.broken_steps = {"heavy"}
+    runner.gate.clear()
     async with running(runner) as engine:
-        events = await collect(engine, request("h", "heavy"))
+        asked = [request(f"{idx}", [None, "a", "b"][idx % 3], max_tokens=12) for idx in range(7)]
+        tasks = [asyncio.create_task(tokens_of(engine, one)) for one in asked]
+        heavy = asyncio.create_task(collect(engine, request("h", "heavy")))
+        await until(lambda: engine.status().num_running + engine.status().num_waiting == 8)
+        runner.gate.set()
+        events = await heavy
+        assert [task.result() for task in tasks if task.done()] == []  # They ran beside it, and go on.
+        assert await asyncio.gather(*tasks) == [expected_answer(one) for one in asked]
         assert str(events[-1].error) == (
             "The step failed: out of memory. Send the request again; report the server's log."
         )
@@ -296,6 +310,15 @@ async def test_loading_ahead_never_takes_a_slot_in_use() -> None:
         assert runner.writes == [(0, "a")]
         await tokens_of(engine, request("s", "b"))
     assert runner.loads == ["a", "b"]
+
+
+async def test_a_request_that_is_closed_after_its_first_token_takes_hardly_another_step() -> None:
+    runner = FakeRunner(step_s=0.01)
+    async with running(runner) as engine:
+        async with aclosing(engine.generate(request("r", max_tokens=100))) as events:
+            await anext(events)
+        await until(lambda: engine.status().num_running == 0)
+    assert len(runner.steps) < 30  # An answer that ended by itself would have taken 100.
 
 
 async def test_a_cancelled_request_frees_its_place_while_waiting_and_while_running() -> None:
