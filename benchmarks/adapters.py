@@ -1,7 +1,7 @@
 """Random adapters for measurements, made by PEFT once and kept: the same folders serve PEFT, vLLM and our store.
 
-Random numbers cost what trained ones cost; they are small, so that answers stay text, and different per seed, so that no
-two adapters share anything.
+Random numbers cost what trained ones cost; they are small, so that answers stay text, and different per seed, so that
+no two adapters share anything.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapterhub.base.identity import Base
+from adapterhub.base.loading import quiet_libraries
 from adapterhub.store import Store
 from benchmarks.systems.job import Adapter
 from trainer.methods.profiles import VERA_PROJECTION_KEY
@@ -48,6 +49,7 @@ def write_missing(adapters: Sequence[Adapter], base: Base) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
+    quiet_libraries()
     plain: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, local_files_only=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT comments on ranks and reads attributes transformers deprecates.
@@ -68,7 +70,7 @@ def _peft_config(kind: str, rank: int, base: Base) -> Any:
     targets = sorted({name.rpartition(".")[2] for name in base.modules})
     match kind:
         case "lora" | "rslora" | "dora":
-            flags = {"use_rslora": kind == "rslora", "use_dora": kind == "dora"}
+            flags: dict[str, Any] = {"use_rslora": kind == "rslora", "use_dora": kind == "dora"}
             return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **flags)
         case "ia3":
             return IA3Config(target_modules=_IA3_TARGETS, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")

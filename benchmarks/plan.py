@@ -83,8 +83,10 @@ def list_cases(config: ServingConfig) -> list[Case]:
     cases: list[Case] = []
     for name in config.systems:
         system = SYSTEMS[name]
-        for kind in (kind for kind in system.kinds if kind in config.kinds):
-            counts = (0,)
+        for kind in system.kinds:
+            if kind not in config.kinds:
+                continue
+            counts: tuple[int, ...] = (0,)
             if kind in ("lora", "mixed"):
                 counts = tuple(count for count in config.adapters if count in system.adapter_counts)
             if kind == "mixed":
@@ -114,9 +116,11 @@ def build_job(
     prompts: list[tuple[int, ...]],
     *,
     adapters: tuple[Adapter, ...],
-    places: Mapping[str, str],
+    base_folder: str,
+    gguf: str,
+    home: str,
 ) -> Job:
-    """Write the job of a case. The second half of `prompts` warms up; places: base_folder, gguf and home."""
+    """Write the job of a case. The second half of `prompts` warms up."""
     half = len(prompts) // 2
     return Job(
         compute=case.system.compute,
@@ -127,5 +131,7 @@ def build_job(
         new_tokens=config.new_tokens,
         warm_up_tokens=config.warm_up_tokens,
         threads=config.threads,
-        **places,
+        base_folder=base_folder,
+        gguf=gguf,
+        home=home,
     )

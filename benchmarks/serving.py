@@ -89,9 +89,7 @@ def _prepare(config: ServingConfig, *, cache: Path, name: str, settings: Setting
     folder = _run_folder(config, cache=cache, name=name)
     pulled = pull_base(None, settings)
     base = describe_base(pulled.name, pulled.folder, "none")
-    gguf = cache / "base.gguf"
-    if not gguf.exists():
-        gguf.symlink_to(fetch_asset(CATALOGUE[settings.base], settings.assets_dir))
+    gguf = _gguf(cases, cache, settings)
     num_prompts = 2 * max([config.num_requests, config.single_requests, *(case.num_adapters for case in cases)])
     adapters = [adapter for case in cases for adapter in _adapters_of(case, cache)]
     unique = list({adapter.name: adapter for adapter in adapters}.values())
@@ -116,6 +114,20 @@ def _run_folder(config: ServingConfig, *, cache: Path, name: str) -> Path:
     return folder
 
 
+def _gguf(cases: Sequence[Case], cache: Path, settings: Settings) -> Path:
+    """Link the base's GGUF file into the cache, for llama.cpp. Raises UserInputError for a base without one."""
+    link = cache / "base.gguf"
+    if settings.base in CATALOGUE:
+        link.unlink(missing_ok=True)
+        link.symlink_to(fetch_asset(CATALOGUE[settings.base], settings.assets_dir))
+    elif any(case.system.peer == "llama_cpp" for case in cases):
+        raise UserInputError(
+            f"Base {settings.base!r} has no GGUF file, which llama.cpp needs.",
+            f"Leave llama.cpp out with --systems, or measure one of: {', '.join(CATALOGUE)}.",
+        )
+    return link
+
+
 def _adapters_of(case: Case, cache: Path) -> tuple[Adapter, ...]:
     return adapter_set("mixed" if case.kind == "mixed" else "lora", case.num_adapters, cache=cache)
 
@@ -126,8 +138,15 @@ def _outcome_path(bench: _Bench, case: Case, repetition: int) -> Path:
 
 def _run(bench: _Bench, case: Case, outcome_path: Path) -> str:
     """Run one case in a process of its own; return what went wrong, nothing when all went well."""
-    places = {"base_folder": str(bench.base.folder), "gguf": str(bench.gguf), "home": str(bench.cache / "home")}
-    job = build_job(case, bench.config, bench.prompts, adapters=_adapters_of(case, bench.cache), places=places)
+    job = build_job(
+        case,
+        bench.config,
+        bench.prompts,
+        adapters=_adapters_of(case, bench.cache),
+        base_folder=str(bench.base.folder),
+        gguf=str(bench.gguf),
+        home=str(bench.cache / "home"),
+    )
     job_path = outcome_path.with_suffix(".job")
     write_json(job, job_path)
     python = sys.executable if case.system.peer is None else str(peer_python(case.system.peer, bench.cache))

@@ -31,7 +31,7 @@ def load_prompts(base: Base, settings: Settings, *, num_prompts: int) -> list[tu
     prompts = list(chain.from_iterable(zip(*by_task, strict=False)))
     if len(prompts) < num_prompts:
         raise UserInputError(
-            f"{num_prompts} prompts are wanted, but {' and '.join(_TASKS)} hold out only {len(prompts)} of fitting length.",
+            f"{num_prompts} prompts are wanted, but {' and '.join(_TASKS)} hold out only {len(prompts)} that fit.",
             "Ask for fewer requests or adapters.",
         )
     return prompts[:num_prompts]

@@ -3,8 +3,8 @@
     python -m benchmarks.peers.build            # both, in ~/.cache/adapterhub-bench/peers
     python -m benchmarks.peers.build vllm
 
-vLLM's CPU build pins other versions of transformers and torch's companions, which is why it has its own environment; the
-companions in `_VLLM_LEFT_OUT` are only for images and sound. llama.cpp comes as source and is compiled for this
+vLLM's CPU build pins other versions of transformers and torch's companions, which is why it has its own environment;
+the companions in `_VLLM_LEFT_OUT` are only for images and sound. llama.cpp comes as source and is compiled for this
 machine's instructions. A finished environment is kept; `--fresh` builds it again. Needs pip, cmake and a C++ compiler;
 knows nothing about what is measured.
 """
@@ -66,7 +66,7 @@ def build(peer: str, *, cache: Path, fresh: bool = False) -> Path:
 
 
 def _build_vllm(python: Path, log: Path) -> None:
-    """torch first and alone, the package without its requirements, then those requirements that it really uses."""
+    """Install torch alone, the package without its requirements, then those requirements that it really uses."""
     _pip(python, [_TORCH, "numpy"], log)
     _pip(python, ["--no-deps", _VLLM], log)
     name = _VLLM.partition("==")[0]

@@ -48,7 +48,7 @@ def _ours(compute: str, note: str) -> System:
 def _vllm(compute: str) -> System:
     return System(
         name=f"vllm-{compute}",
-        module="vllm",
+        module="vllm_engine",
         compute=compute,
         peer="vllm",
         kinds=("single", "base", "lora"),
@@ -60,7 +60,7 @@ def _vllm(compute: str) -> System:
 def _llama_cpp(compute: str) -> System:
     return System(
         name=f"llama.cpp-{compute}",
-        module="llama_cpp",
+        module="llama_cpp_batch",
         compute=compute,
         peer="llama_cpp",
         kinds=("single", "base"),
@@ -85,7 +85,7 @@ SYSTEMS: Mapping[str, System] = {
         ),
         System(
             name="transformers",
-            module="transformers",
+            module="hf_generate",
             compute="float32",
             peer=None,
             kinds=("single", "base"),
@@ -94,7 +94,7 @@ SYSTEMS: Mapping[str, System] = {
         ),
         System(
             name="peft",
-            module="transformers",
+            module="hf_generate",
             compute="float32",
             peer=None,
             kinds=("lora",),

@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from importlib import metadata
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from adapterhub.base.identity import Base, describe_base
 from adapterhub.base.loading import use_threads
@@ -28,6 +28,7 @@ from server.engine.types import (
     TokenEvent,
 )
 from server.http.adapters import AdapterNames
+from server.products import Compute
 
 __all__ = ["IGNORE_EOS", "KV_MEMORY_MIB", "answer", "base_of", "handles_of", "run", "running_engine"]
 
@@ -82,7 +83,7 @@ def handles_of(job: Job, store: Store, base: Base) -> list[AdapterHandle]:
 async def running_engine(job: Job, base: Base, *, num_slots: int) -> AsyncGenerator[Engine]:
     """Start an engine for the job's threads and arithmetic, and stop it at the end."""
     use_threads(Settings(threads=job.threads))
-    engine = build_engine(base, num_slots=num_slots, kv_memory_mib=KV_MEMORY_MIB, **_compute_option(job.compute))
+    engine = build_engine(base, num_slots=num_slots, kv_memory_mib=KV_MEMORY_MIB, compute=_compute(job.compute))
     await engine.start()
     try:
         yield engine
@@ -90,12 +91,10 @@ async def running_engine(job: Job, base: Base, *, num_slots: int) -> AsyncGenera
         await engine.stop()
 
 
-def _compute_option(compute: str) -> dict[str, Any]:
-    if "compute" in signature(build_engine).parameters:
-        return {"compute": compute}
-    if compute != "float32":
-        raise UserInputError(f"This engine computes in float32 only, not in {compute!r}.", "Leave this system out.")
-    return {}
+def _compute(word: str) -> Compute:
+    if word not in get_args(Compute):
+        raise UserInputError(f"compute is {word!r}.", f"Choose from {', '.join(get_args(Compute))}.")
+    return cast("Compute", word)
 
 
 async def _answer_all(
