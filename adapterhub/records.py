@@ -13,10 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "BaseRecord",
+    "EffectReport",
     "EvaluationRecord",
     "Manifest",
     "Method",
     "MetricsPoint",
+    "ModuleEffect",
+    "ProbeDivergence",
     "TensorRecord",
     "TrainingRecord",
 ]
@@ -103,6 +106,36 @@ class EvaluationRecord(_Record):
     num_adapter_unfinished: int = Field(0, description="The same for the adapter.")
     seed: int
     data_digest: str
+
+
+class ModuleEffect(_Record):
+    """What an adapter does to one linear of the base."""
+
+    rank: int = Field(description="0 for IA3, which has none.")
+    scale: float | None = Field(description="Factor on B A; None where vectors take its place (IA3, VeRA).")
+    relative_size: float = Field(description="Frobenius norm of the change over that of the base weight.")
+
+
+class ProbeDivergence(_Record):
+    """How far the next token after a fixed prompt moves away from the base's."""
+
+    prompt: str
+    kl: float = Field(description="KL(adapter || base) in nats; a lower bound where num_tokens is not the vocabulary.")
+    max_logprob_difference: float
+    num_tokens: int = Field(description="Tokens compared one by one; the others are compared as one.")
+
+
+class EffectReport(_Record):
+    """What an adapter does to its base, measured by the server that loaded it. Sizes are relative to the base."""
+
+    method: Method
+    modules: dict[str, ModuleEffect] = Field(description="Every linear that is changed.")
+    num_untouched: int = Field(description="Linears of the base that the configuration does not target.")
+    num_pruned: int = Field(description="Targets that AdaLoRA has cut to rank 0.")
+    max_relative_size: float
+    median_relative_size: float
+    total_relative_size: float = Field(description="Over all changed linears together.")
+    probe: ProbeDivergence | None = None
 
 
 class Manifest(_Record):

@@ -13,7 +13,7 @@ from adapterhub.cli.tables import print_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from adapterhub.records import EvaluationRecord, Manifest, TrainingRecord
+    from adapterhub.records import EffectReport, EvaluationRecord, Manifest, TrainingRecord
     from adapterhub.store import Alias, Version
 
 __all__ = ["register"]
@@ -92,9 +92,13 @@ def show(ref: Ref, json_: Json = False) -> None:
         version = store.get_version(ref)
         manifest = store.manifest(version)
         aliases = store.aliases(version.task)
+        effect = store.find_effect(version.serving_digest)
     if json_:
-        manifest_json = manifest.model_dump(mode="json")
-        typer.echo(json.dumps(_version_json(version, aliases) | {"manifest": manifest_json}))
+        parts = {
+            "manifest": manifest.model_dump(mode="json"),
+            "effect": effect.model_dump(mode="json") if effect else None,
+        }
+        typer.echo(json.dumps(_version_json(version, aliases) | parts))
         return
     from rich.console import Console
     from rich.table import Table
@@ -105,6 +109,7 @@ def show(ref: Ref, json_: Json = False) -> None:
     _add_identity(table, version, manifest, _alias_names(version, aliases))
     _add_training(table, manifest.training)
     _add_evaluation(table, manifest.evaluation)
+    _add_effect(table, version, effect)
     Console().print(table)
 
 
@@ -151,6 +156,25 @@ def _add_evaluation(table: Table, evaluation: EvaluationRecord | None) -> None:
     _add(
         table, "difference", f"{evaluation.difference:+.4f}, {evaluation.confidence:.0%} confidence interval {interval}"
     )
+
+
+def _add_effect(table: Table, version: Version, effect: EffectReport | None) -> None:
+    if effect is None:
+        _add(table, "effect", f"not measured; POST /admin/v1/adapters/{version.label}/load on a server does it")
+        return
+    largest = max(effect.modules, key=lambda name: effect.modules[name].relative_size)
+    counted = f"{len(effect.modules)} linears changed, {effect.num_untouched} left alone"
+    _add(table, "effect", counted + (f", {effect.num_pruned} cut to rank 0" if effect.num_pruned else ""))
+    _add(
+        table,
+        "change of weights",
+        f"{effect.total_relative_size:.2%} of the base in all, {effect.median_relative_size:.2%} in the median linear, "
+        f"{effect.max_relative_size:.2%} in {largest}",
+    )
+    if effect.probe is not None:
+        probe = effect.probe
+        moved = f"KL {probe.kl:.4g} nats, log probabilities moved by up to {probe.max_logprob_difference:.3g}"
+        _add(table, "probe", f"{moved}, after {probe.prompt!r}")
 
 
 @adapters_app.command("import")

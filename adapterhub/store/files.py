@@ -48,7 +48,7 @@ class Files:
     def create(self) -> None:
         """Make the folders and remove scratch folders older than a day. Raises JobFailedError when not writable."""
         try:
-            for name in ("blobs/sha256", "manifests/sha256", "views", "tmp", "quarantine"):
+            for name in ("blobs/sha256", "manifests/sha256", "views", "effects", "tmp", "quarantine"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise JobFailedError(
@@ -83,6 +83,10 @@ class Files:
         """Folder in which PEFT finds the adapter."""
         return self._views / check_digest(serving_digest)
 
+    def effect_path(self, serving_digest: str) -> Path:
+        """File of what a server measured of the adapter; not part of what was published."""
+        return self.root / "effects" / f"{check_digest(serving_digest)}.json"
+
     def _addressed(self, kind: str, digest: str) -> Path:
         return self.root / kind / "sha256" / check_digest(digest)[:2] / digest
 
@@ -108,6 +112,13 @@ class Files:
             writer.flush()
             os.fsync(writer.fileno())
         return hashlib.sha256(data).hexdigest()
+
+    def replace(self, target: Path, data: bytes) -> None:
+        """Write a file that may change; readers see the old bytes or the new ones."""
+        with self.scratch() as scratch:
+            self.write_scratch(scratch / target.name, data)
+            (scratch / target.name).replace(target)
+        fsync_folder(target.parent)
 
     def add_blob(self, scratch_file: Path, digest: str) -> None:
         """Link a scratch file into the blobs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from adapterhub.base import Base
 from adapterhub.errors import AdapterConfigError, AdapterWeightsError, JobFailedError, StoreCorruptError, UserInputError
-from adapterhub.records import EvaluationRecord, Manifest, TrainingRecord
+from adapterhub.records import EffectReport, EvaluationRecord, Manifest, TrainingRecord
 from adapterhub.store.aliases import list_aliases, log_head, move_alias, read_log, verify_log
 from adapterhub.store.canonical import canonical_json
 from adapterhub.store.catalogue import Catalogue
@@ -44,6 +45,8 @@ from adapterhub.store.versions import (
 from adapterhub.store.weights import Limits, check_weights
 
 __all__ = ["Store"]
+
+_log = logging.getLogger(__name__)
 
 
 def _no_step(_step: PublishStep) -> None:
@@ -249,6 +252,23 @@ class Store:
         """Check the whole hash chain and return its length. Raises StoreCorruptError naming the first bad row."""
         with self._catalogue.read() as connection:
             return verify_log(connection)
+
+    def record_effect(self, digest: str, report: EffectReport) -> None:
+        """Keep what a server measured of the adapter with that serving digest. Raises JobFailedError."""
+        data = canonical_json(report.model_dump(mode="json"), what="effect report")
+        with self._disk_errors_translated():
+            self._files.replace(self._files.effect_path(digest), data)
+
+    def find_effect(self, digest: str) -> EffectReport | None:
+        """Return what was measured last, or None. Another release's report counts as none: measure again."""
+        path = self._files.effect_path(digest)
+        with self._disk_errors_translated():
+            data = path.read_bytes() if path.is_file() else b""
+        try:
+            return EffectReport.model_validate_json(data) if data else None
+        except ValidationError as exc:
+            _log.warning("the effect report %s does not parse: %s", path, exc.errors()[0]["msg"])
+            return None
 
     def verify(self, ref: str) -> None:
         """Hash every file of a version again and derive its serving digest anew. Raises StoreCorruptError."""

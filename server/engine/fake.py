@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection
 
 from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError, RequestError
+from adapterhub.records import EffectReport
 from server.engine.detokenize import Detokenizer, StopFilter, Tokenizer, TokenTexts
 from server.engine.types import (
     AdapterHandle,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from adapterhub.base import Base
 from adapterhub.errors import AdapterLoadError, AdapterWeightsError, BaseMismatchError
 from adapterhub.peft_format import AdapterConfig, ModuleTensors, TensorInfo, map_tensors, parse_adapter_config
-from adapterhub.records import Method
+from adapterhub.records import EffectReport, Method
+from server.engine.effect import measure_effect, row_terms
 from server.engine.projections import Projections, resident_projections
 from server.kernels import SlotWeights
 from server.layers import serving_bias, serving_weight
@@ -41,6 +42,7 @@ class LoadedAdapter:
 
     methods: one, or those of the members of a mix. modules: name of a linear -> what the adapter does there.
     size_bytes: its own tensors, without shared projections. projections: the VeRA projections it uses, kept alive here.
+    report: how much it changes the base; None for mixes and experts, whose members have theirs.
     """
 
     base_digest: str
@@ -48,6 +50,7 @@ class LoadedAdapter:
     modules: Mapping[str, SlotWeights]
     size_bytes: int
     projections: Projections | None = None
+    report: EffectReport | None = None
 
 
 def load_adapter(view: Path, base: Base, model: nn.Module) -> LoadedAdapter:
@@ -76,7 +79,15 @@ def load_adapter(view: Path, base: Base, model: nn.Module) -> LoadedAdapter:
         _check_finite(modules[module].tensors(), what=f"what {module!r} adds to the base")
     _check_effect(view, config, modules)
     size_bytes = sum(_own_bytes(weights, projections) for weights in modules.values())
-    return LoadedAdapter(base.digest, (config.method,), modules, size_bytes, projections)
+    report = measure_effect(
+        config.method,
+        modules,
+        scales={module: _scale_of(config, module) for module in modules},
+        model=model,
+        num_linears=len(base.modules),
+        num_pruned=len(names) - len(modules),
+    )
+    return LoadedAdapter(base.digest, (config.method,), modules, size_bytes, projections, report)
 
 
 def _check_base(view: Path, base: Base) -> None:
@@ -171,15 +182,13 @@ def _build_dora(a: Tensor, b: Tensor, magnitude: Tensor, *, layer: nn.Module) ->
 
 
 def _row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return ||W + B A|| per row, (O,) float64, without forming B A; weight: (O, H), a: (R, H), b: (O, R).
-
-    ||W_i + b_i A||^2 = ||W_i||^2 + 2 b_i . (A W_i^T) + b_i (A A^T) b_i^T, summed in float64: the terms may cancel.
-    """
-    a64, b64 = a.to(torch.float64), b.to(torch.float64)
-    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
-    cross = ((weight @ a.t()).to(torch.float64) * b64).sum(dim=1)
-    own = ((b64 @ (a64 @ a64.t())) * b64).sum(dim=1)
+    """Return ||W + B A|| per row, (O,) float64, without forming B A; weight: (O, H), a: (R, H), b: (O, R)."""
+    squares, cross, own = row_terms(weight, a, b)
     return (squares + 2 * cross + own).clamp_min(0).sqrt()
+
+
+def _scale_of(config: AdapterConfig, module: str) -> float | None:
+    return None if config.method in (Method.IA3, Method.VERA) else config.scale_of(module)
 
 
 def _own_bytes(weights: SlotWeights, projections: Projections | None) -> int:

@@ -20,9 +20,9 @@ from server.engine.types import AdapterHandle, AdapterPart
 from server.http.mixes import check_ranks, merge_members, read_weights
 from server.http.replies import AdapterInfo, MixMember
 
-__all__ = ["AdapterChoice", "AdapterNames"]
+__all__ = ["BASE", "AdapterChoice", "AdapterNames"]
 
-_BASE = "base"
+BASE = "base"
 _MIX = "mix"
 _ALLOWED = (
     "Name one adapter: task, task@v3, task@alias, task@sha256:<digest> or base; "
@@ -41,7 +41,7 @@ class AdapterChoice:
     def headers(self) -> dict[str, str]:
         """Name the adapter in the response headers."""
         if self.handle is None:
-            return {"x-adapter-digest": _BASE, "x-adapter-version": _BASE}
+            return {"x-adapter-digest": BASE, "x-adapter-version": BASE}
         return {"x-adapter-digest": f"sha256:{self.handle.digest}", "x-adapter-version": self.label}
 
 
@@ -64,7 +64,7 @@ class AdapterNames:
         elif isinstance(adapter, str):
             choice = await self._resolve(adapter, "adapter")
         else:
-            return await self._resolve(_BASE if model is None else model, "model")
+            return await self._resolve(BASE if model is None else model, "model")
         if model is not None and not self.is_base(model):
             other = await self._resolve(model, "model")
             if other.info.digest != choice.info.digest:
@@ -76,11 +76,11 @@ class AdapterNames:
 
     def is_base(self, name: str) -> bool:
         """Tell whether `name` in the field `model` means the bare base."""
-        return name in (_BASE, self._base.name)
+        return name in (BASE, self._base.name)
 
     async def _resolve(self, reference: str, param: str) -> AdapterChoice:
-        if reference == _BASE or (param == "model" and self.is_base(reference)):
-            info = AdapterInfo(task=_BASE, version=None, digest=None)
+        if reference == BASE or (param == "model" and self.is_base(reference)):
+            info = AdapterInfo(task=BASE, version=None, digest=None)
             return AdapterChoice(self._base.name, info, None)
         if reference == "auto" or reference.startswith((f"{_MIX}:", "gate:")):
             raise UnsupportedFieldError(f"This server does not know the adapter choice {reference!r}.", _ALLOWED).at(

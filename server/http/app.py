@@ -13,7 +13,7 @@ import adapterhub
 from adapterhub.base.identity import Base
 from adapterhub.store import Store
 from server.engine.types import Engine
-from server.http import chat, completions, health, models
+from server.http import admin, chat, completions, health, models
 from server.http.adapters import AdapterNames
 from server.http.errors import install_error_handlers
 from server.http.middleware import BodyLimit, CancelOnDisconnect, RequestIds
@@ -50,7 +50,7 @@ def create_app(engine: Engine, store: Store, base: Base, tokenizer: PreTrainedTo
 
     app = FastAPI(title="AdapterHub", version=adapterhub.__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
-    for module in (chat, completions, models):
+    for module in (chat, completions, models, admin):
         app.include_router(module.router, responses={"4XX": {"model": ErrorBody}})
     app.include_router(health.router)
     install_error_handlers(app)

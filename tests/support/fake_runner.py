@@ -23,6 +23,7 @@ class FakeAdapter:
 
     name: str
     size_bytes: int
+    report: None = None
 
 
 def expected_token(history: Sequence[int], adapter: str) -> int:
