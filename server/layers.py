@@ -63,7 +63,7 @@ class LinearGroup:
         self._used: set[int] = set()  # Slots that change anything here.
         self._x: Tensor | None = None
         self._y: Tensor | None = None
-        self._num_taken = 0
+        self._waiting: set[int] = set()  # Members whose part of y nobody has asked for yet.
 
     def weight(self, index: int) -> Tensor:
         """Return the weight (O, H) float32 of one member."""
@@ -84,14 +84,16 @@ class LinearGroup:
     def output(self, index: int, x: Tensor) -> Tensor:
         """Return y (..., O) of one member for x (..., H) float32.
 
-        The members of a group are asked one after the other with the very same tensor; the first answers for all.
+        The members of a group are asked one after the other with the very same tensor; the first answers for all. One
+        that asks again begins anew: a pass that failed halfway leaves no answer to the next.
         """
-        if x is not self._x:
+        if x is not self._x or index not in self._waiting:
             rows = x.reshape(-1, x.shape[-1])
-            self._x, self._y, self._num_taken = x, self._run(rows).view(*x.shape[:-1], -1), 0
+            self._x, self._y = x, self._run(rows).view(*x.shape[:-1], -1)
+            self._waiting = set(range(len(self._members)))
         y = cast("Tensor", self._y)
-        self._num_taken += 1
-        if self._num_taken == len(self._members):
+        self._waiting.discard(index)
+        if not self._waiting:
             self._x = self._y = None
         member = self._members[index]
         return y[..., member.start : member.start + member.width]

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from adapterhub.errors import SettingsError
 from server.kernels.base import Kernel, Member, Segments, SlotWeights
@@ -32,6 +33,8 @@ class _Table:
         self.fields = torch.tensor(rows, dtype=torch.int64)
         self.columns = torch.tensor([[member.start, member.width] for member in members], dtype=torch.int64)
         self.max_rank = max((row[7] for row in rows), default=0)
+        experts = [one.expert_of_rank for column in self.slots for one in column if one is not None]
+        self.num_experts = max((int(one.max()) + 1 for one in experts if one is not None and one.numel()), default=0)
 
     def is_current(self, members: Sequence[Member]) -> bool:
         """Tell whether every slot still holds the same object."""
@@ -76,7 +79,8 @@ class _Deltas:
         if segments is not self._segments:
             self._chunks, self._segments = _chunks(segments, self._library.chunk_tokens), segments
         x = x if x.stride(1) == 1 else x.contiguous()
-        gates = None if gates is None else gates.contiguous()
+        if gates is not None:  # Experts that no row names get ones; C would read past the end of the row.
+            gates = functional.pad(gates, (0, max(0, table.num_experts - gates.shape[1])), value=1.0).contiguous()
         self._library.apply_deltas(
             y.data_ptr(),
             x.data_ptr(),
