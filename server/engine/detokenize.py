@@ -14,6 +14,9 @@ __all__ = ["Detokenizer", "StopFilter", "TokenTexts", "Tokenizer"]
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 # A UTF-8 character has at most four bytes, so at most three of them can be waiting for the rest.
 _MAX_PENDING_BYTES = 3
+# A space in the alphabet of byte-level tokenizers, and in SentencePiece's (https://arxiv.org/abs/1808.06226).
+_BYTE_SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"
+_PIECE_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -130,9 +133,10 @@ class TokenTexts:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab()
         self.num_tokens = 1 + max(vocabulary.values())
-        alphabet = _byte_alphabet()
-        # Every byte-level vocabulary holds all letters of the alphabet; no other kind of vocabulary does.
-        self._alphabet = alphabet if alphabet.keys() <= vocabulary.keys() else None
+        # Each kind of vocabulary has its own sign for a space as an entry. Some byte-level ones lack letters of rare
+        # bytes, and others hold the letters as characters of their own.
+        is_byte_level = _BYTE_SPACE in vocabulary and _PIECE_SPACE not in vocabulary
+        self._alphabet = _byte_alphabet() if is_byte_level else None
 
     def raw(self, token_id: int) -> bytes:
         """Bytes of a token, which may be a part of a character; none for a hole in the vocabulary."""
@@ -144,7 +148,7 @@ class TokenTexts:
                 return bytes(self._alphabet[letter] for letter in piece)
             return piece.encode()
         byte = _BYTE_PIECE.fullmatch(piece)
-        return bytes([int(byte[1], 16)]) if byte else piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+        return bytes([int(byte[1], 16)]) if byte else piece.replace(_PIECE_SPACE, " ").encode()
 
     def text(self, token_id: int) -> str:
         """Text of a token; half a character becomes U+FFFD."""

@@ -124,7 +124,11 @@ class Grammars:
         """Build the grammar, compute its first mask, and try one step of it."""
         if self._tokenizer is None:
             return "the tokenizer of this base does not tell the bytes of its tokens"
-        inner = LLMatcher(self._tokenizer, _grammar(rule), log_level=0, limits=LLParserLimits(**_LIMITS))
+        try:
+            grammar = _grammar(rule)
+        except ValueError as exc:
+            return _reason(str(exc))
+        inner = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
         matcher = Matcher(inner, self._num_tokens)
         return matcher.problem or _first_problem(matcher) or matcher
 
@@ -142,7 +146,7 @@ def _first_problem(matcher: Matcher) -> str:
 
 
 def _grammar(rule: OutputRule) -> str:
-    """Write a rule in the library's own form."""
+    """Write a rule in the library's own form. Raises ValueError for a schema that is no JSON, or nested too deeply."""
     match rule.kind:
         case "regex":
             return LLMatcher.grammar_from_regex(rule.text)

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from adapterhub.base import Base
+from adapterhub.base.loading import load_tokenizer
 from server.engine.detokenize import Detokenizer, StopFilter, TokenTexts
 from tests.support.tiny_models import byte_tokenizer
 
@@ -16,6 +18,39 @@ from tests.support.tiny_models import byte_tokenizer
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(real_base: Base):
+    return load_tokenizer(real_base)
+
+
+# Characters of one to four bytes, marks that join with the character before, sequences that are drawn as one sign,
+# other scripts, spaces of all kinds, and what looks like half a character.
+PIECES = [
+    "a",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "é",
+    "e\u0301",
+    "ก็",
+    "한국",
+    "漢字",
+    "👩\u200d👩\u200d👧",
+    "🇩🇪",
+    "👍🏽",
+    "\ufffd",
+    "\u00a0",
+    "ﷺ",
+]
+texts = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=12).map("".join)
+
+
+def _stream(tokenizer, token_ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [*(detokenizer.add(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
 def _encode(tokenizer, text: str) -> list[int]:
@@ -52,12 +87,41 @@ def test_joined_pieces_equal_the_decoded_answer_for_any_tokens(tokenizer, data: 
     assert text == tokenizer.decode(data, skip_special_tokens=True)
 
 
-@given(text=st.text(max_size=40))
+@given(text=texts)
 def test_no_piece_ever_holds_a_part_of_a_character(tokenizer, text: str) -> None:
-    detokenizer = Detokenizer(tokenizer)
-    pieces = [detokenizer.add(token_id) for token_id in _encode(tokenizer, text)]
-    assert "".join(pieces) + detokenizer.flush() == text
+    pieces = _stream(tokenizer, _encode(tokenizer, text))
+    assert "".join(pieces) == text
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.real_base
+@given(text=texts)
+def test_text_through_the_embedded_base_never_splits_a_character(real_tokenizer, text: str) -> None:
+    token_ids = _encode(real_tokenizer, text)
+    decoded = real_tokenizer.decode(token_ids)  # Its vocabulary lacks some bytes, so a few characters are lost.
+    pieces = _stream(real_tokenizer, token_ids)
+    assert "".join(pieces) == decoded
+    assert "\ufffd" in decoded or not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.real_base
+def test_many_scripts_pass_through_the_embedded_base_unchanged(real_tokenizer) -> None:
+    text = " ".join(PIECES)
+    token_ids, names = _encode(real_tokenizer, text), TokenTexts(real_tokenizer)
+    assert "".join(_stream(real_tokenizer, token_ids)) == text
+    assert b"".join(names.raw(token_id) for token_id in token_ids) == text.encode()
+
+
+@pytest.mark.real_base
+@given(data=st.lists(st.integers(0, 49151), max_size=30))
+def test_joined_pieces_equal_the_decoded_answer_for_any_tokens_of_the_embedded_base(real_tokenizer, data) -> None:
+    assert "".join(_stream(real_tokenizer, data)) == real_tokenizer.decode(data, skip_special_tokens=True)
+
+
+@given(text=texts)
+def test_every_token_is_named_by_its_own_bytes_and_they_join_to_the_text(tokenizer, text: str) -> None:
+    names = TokenTexts(tokenizer)
+    assert b"".join(names.raw(token_id) for token_id in _encode(tokenizer, text)) == text.encode()
 
 
 def test_a_stop_string_across_tokens_is_cut_exactly() -> None:
