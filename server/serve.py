@@ -31,8 +31,7 @@ def serve(
     """Serve the configured base until SIGTERM or SIGINT; `on_ready` gets the URL.
 
     preload: references of adapters to load before the first request. compute: see `server.products.pick_products`.
-    Raises PortInUseError, BaseNotPulledError,
-    UserInputError, and what resolving or loading those adapters raises.
+    Raises PortInUseError, BaseNotPulledError, UserInputError, and what resolving or loading those adapters raises.
     """
     with bind(host, port) as listener:
         base = find_base(None, settings)

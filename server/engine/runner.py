@@ -32,7 +32,9 @@ from server.engine.attention import (
 from server.engine.loader import LoadedAdapter, load_adapter
 from server.engine.mix import load_mix
 from server.kernels import Segments, pick_kernel
+from server.kernels.native import find_library
 from server.layers import wrap_linears
+from server.norms import replace_norms_
 from server.products import Compute, PackedHead, ProductBuilder, pick_products
 from server.step_context import StepContext, step_context
 
@@ -93,6 +95,9 @@ class Runner:
         products = pick_products(compute, device=self._device.type)
         self._layers = wrap_linears(model, base.modules, num_slots=num_slots, kernel=picked, build_product=products)
         _pack_head_(model, products)
+        library = find_library() if self._device.type == "cpu" else None
+        if library is not None:
+            replace_norms_(model, library)
         self._resident: list[LoadedAdapter | None] = [None] * num_slots
         self._epoch = 0
         register_paged_attention()

@@ -3,11 +3,13 @@
    Each row reads its own positions in order, so its result does not depend on the other rows.
    Source of paged keys and values: https://arxiv.org/abs/2309.06180, section 4.1. */
 #include <math.h>
+#include <stdlib.h>
 
 #include "common.h"
 
 #define MAX_DIM 512
-#define SPAN (MAX_DIM / LANES)
+#define SPAN 4       /* vectors of a head that one pass holds in registers */
+#define MAX_HEADS 4  /* query heads of one key head that one pass serves */
 
 typedef struct {
     float *output;
@@ -38,18 +40,27 @@ INLINE vec exp_vec(vec x) {
     return p * (vec)bits;
 }
 
-INLINE const float *place(const decode *d, const float *pool, const int64_t *blocks, int64_t position, int64_t dim) {
-    int64_t token = blocks[position / d->block_tokens] * d->block_tokens + position % d->block_tokens;
-    return pool + token * d->num_heads * dim;
+/* The positions of one row, one after the other, in one pool. */
+typedef struct {
+    const float *pool, *token;
+    const int64_t *blocks;
+    int64_t block_tokens, left, stride; /* left: tokens of this block, the current one included */
+} walk;
+
+INLINE walk begin_walk(const decode *d, const float *pool, const int64_t *blocks, int64_t first, int64_t dim,
+                       int64_t head) {
+    int64_t stride = d->num_heads * dim, offset = first % d->block_tokens;
+    walk w = {pool + head * dim, 0, blocks + first / d->block_tokens, d->block_tokens, d->block_tokens - offset, stride};
+    w.token = w.pool + (*w.blocks * w.block_tokens + offset) * stride;
+    return w;
 }
 
-INLINE float dot(const float *a, const float *b, int64_t dim) {
-    vec sum = splat(0);
-    int64_t i = 0;
-    for (; i + LANES <= dim; i += LANES) sum += load(a + i) * load(b + i);
-    float total = lane_sum(sum);
-    for (; i < dim; i++) total += a[i] * b[i];
-    return total;
+INLINE void advance(walk *w) {
+    w->token += w->stride;
+    if (--w->left == 0) {
+        w->left = w->block_tokens;
+        w->token = w->pool + *++w->blocks * w->block_tokens * w->stride;
+    }
 }
 
 /* Turn scores into weights in place, exp(score - largest), and return their sum. */
@@ -68,36 +79,96 @@ static float soften(float *scores, int64_t count) {
     return lane_sum(sum);
 }
 
-static void attend(const decode *d, const int64_t *row, int64_t head, float *scores) {
+/* scores[h][i] = scale * query[h] . key[i] for HEADS heads that share their keys. */
+#define SCORE(HEADS)                                                                                                  \
+    static void score_##HEADS(const decode *d, const float *query, walk keys, float *scores, int64_t padded,         \
+                              int64_t count) {                                                                        \
+        int64_t whole = d->key_dim / LANES * LANES;                                                                   \
+        for (int64_t i = 0; i < count; i++) {                                                                         \
+            vec sums[HEADS];                                                                                          \
+            for (int h = 0; h < HEADS; h++) sums[h] = splat(0);                                                       \
+            for (int64_t o = 0; o < whole; o += LANES) {                                                              \
+                vec key = load(keys.token + o);                                                                       \
+                for (int h = 0; h < HEADS; h++) sums[h] += key * load(query + h * d->query_head_stride + o);          \
+            }                                                                                                         \
+            for (int h = 0; h < HEADS; h++) {                                                                         \
+                float sum = lane_sum(sums[h]);                                                                        \
+                for (int64_t o = whole; o < d->key_dim; o++)                                                          \
+                    sum += keys.token[o] * query[h * d->query_head_stride + o];                                       \
+                scores[h * padded + i] = sum * d->scale;                                                              \
+            }                                                                                                         \
+            if (i + 1 < count) advance(&keys);                                                                        \
+        }                                                                                                             \
+    }
+
+/* output[h] = sum of weights[h][i] * value[i], for HEADS heads and VECTORS vectors of the values' width. */
+#define BLEND(HEADS, VECTORS)                                                                                         \
+    static void blend_##HEADS##_##VECTORS(const decode *d, walk values, int64_t from, const float *weights,          \
+                                          int64_t padded, int64_t count, float *output) {                             \
+        vec sums[HEADS][VECTORS];                                                                                     \
+        for (int h = 0; h < HEADS; h++)                                                                               \
+            for (int v = 0; v < VECTORS; v++) sums[h][v] = splat(0);                                                  \
+        for (int64_t i = 0; i < count; i++) {                                                                         \
+            vec value[VECTORS];                                                                                       \
+            for (int v = 0; v < VECTORS; v++) value[v] = load(values.token + from + v * LANES);                       \
+            for (int h = 0; h < HEADS; h++)                                                                           \
+                for (int v = 0; v < VECTORS; v++) sums[h][v] += value[v] * weights[h * padded + i];                   \
+            if (i + 1 < count) advance(&values);                                                                      \
+        }                                                                                                             \
+        for (int h = 0; h < HEADS; h++)                                                                               \
+            for (int v = 0; v < VECTORS; v++) store(output + h * d->value_dim + from + v * LANES, sums[h][v]);        \
+    }
+#define EACH(HEADS) SCORE(HEADS) BLEND(HEADS, 4) BLEND(HEADS, 1)
+EACH(1) EACH(2) EACH(3) EACH(4)
+
+#define CALL(HEADS)                                                                                                   \
+    case HEADS:                                                                                                       \
+        score_##HEADS(d, query, begin_walk(d, d->keys, blocks, first, d->key_dim, head), scores, padded, count);      \
+        break;
+#define CALL_BLEND(HEADS)                                                                                             \
+    case HEADS:                                                                                                       \
+        if (is_wide) blend_##HEADS##_4(d, values, from, scores, padded, count, output);                               \
+        else blend_##HEADS##_1(d, values, from, scores, padded, count, output);                                       \
+        break;
+
+/* Attend for num_heads <= MAX_HEADS query heads of one key head. */
+static void attend(const decode *d, const int64_t *row, int64_t head, int64_t first_head, int num_heads, float *scores) {
     int64_t first = row[2], count = row[1] + 1 - first, padded = CEIL_DIV(count, LANES) * LANES;
     const int64_t *blocks = d->blocks + row[3];
-    const float *query = d->query + row[0] * d->query_token_stride + head * d->group * d->query_head_stride;
-    for (int64_t i = 0; i < count; i++) {
-        const float *key = place(d, d->keys, blocks, first + i, d->key_dim) + head * d->key_dim;
-        for (int64_t g = 0; g < d->group; g++)
-            scores[g * padded + i] = dot(query + g * d->query_head_stride, key, d->key_dim) * d->scale;
+    int64_t query_head = head * d->group + first_head;
+    const float *query = d->query + row[0] * d->query_token_stride + query_head * d->query_head_stride;
+    float *output = d->output + (row[0] * d->num_heads * d->group + query_head) * d->value_dim;
+    switch (num_heads) { CALL(1) CALL(2) CALL(3) CALL(4) }
+    float inverse[MAX_HEADS];
+    for (int h = 0; h < num_heads; h++) inverse[h] = 1.0f / soften(scores + h * padded, count);
+    walk values = begin_walk(d, d->values, blocks, first, d->value_dim, head);
+    int64_t from = 0;
+    while (from + LANES <= d->value_dim) {
+        int is_wide = from + SPAN * LANES <= d->value_dim;
+        switch (num_heads) { CALL_BLEND(1) CALL_BLEND(2) CALL_BLEND(3) CALL_BLEND(4) }
+        from += is_wide ? SPAN * LANES : LANES;
     }
-    for (int64_t g = 0; g < d->group; g++) {
-        float *weights = scores + g * padded, inverse = 1.0f / soften(weights, count);
-        float *output = d->output + (row[0] * d->num_heads * d->group + head * d->group + g) * d->value_dim;
-        vec sums[SPAN];
-        int64_t whole = d->value_dim / LANES;
-        for (int64_t s = 0; s < whole; s++) sums[s] = splat(0);
-        float rest[LANES] = {0};
-        for (int64_t i = 0; i < count; i++) {
-            const float *value = place(d, d->values, blocks, first + i, d->value_dim) + head * d->value_dim;
-            for (int64_t s = 0; s < whole; s++) sums[s] += load(value + s * LANES) * weights[i];
-            for (int64_t o = whole * LANES; o < d->value_dim; o++) rest[o - whole * LANES] += value[o] * weights[i];
+    for (int h = 0; h < num_heads; h++) {
+        for (int64_t o = from; o < d->value_dim; o++) {
+            walk w = values;
+            float sum = 0;
+            for (int64_t i = 0; i < count; i++) {
+                sum += w.token[o] * scores[h * padded + i];
+                if (i + 1 < count) advance(&w);
+            }
+            output[h * d->value_dim + o] = sum;
         }
-        for (int64_t s = 0; s < whole; s++) store(output + s * LANES, sums[s] * inverse);
-        for (int64_t o = whole * LANES; o < d->value_dim; o++) output[o] = rest[o - whole * LANES] * inverse;
+        for (int64_t o = 0; o < d->value_dim; o++) output[h * d->value_dim + o] *= inverse[h];
     }
 }
 
 static void run_head(void *job, int64_t item) {
     const decode *d = job;
-    float scores[d->group * (d->max_positions + LANES)];
-    attend(d, d->rows + item / d->num_heads * 4, item % d->num_heads, scores);
+    float *scores = malloc((size_t)(MAX_HEADS * (d->max_positions + LANES)) * 4); /* Too large for a thread's stack. */
+    for (int64_t head = 0; head < d->group; head += MAX_HEADS)
+        attend(d, d->rows + item / d->num_heads * 4, item % d->num_heads, head, (int)MIN(MAX_HEADS, d->group - head),
+               scores);
+    free(scores);
 }
 
 int64_t native_max_head_dim(void) { return MAX_DIM; }

@@ -1,4 +1,4 @@
-/* What every kernel here shares: vectors of the machine's width, and a parallel loop on the threads PyTorch already has.
+/* What every kernel here shares: vectors of the machine's width and a parallel loop.
 
    Vectors use the extension of GCC and Clang, so one source serves AVX-512, AVX2 and NEON. A sum always runs in one order
    that depends on the length alone, never on how many rows there are: a row's result is the same in every batch. */
@@ -36,10 +36,6 @@ INLINE float lane_sum(vec value) {
         for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
     return lanes[0];
 }
-
-/* GOMP_parallel of the OpenMP library PyTorch uses, set once by the loader; a second pool would fight for the cores. */
-typedef void (*parallel_region)(void (*body)(void *), void *data, unsigned num_threads, unsigned flags);
-extern parallel_region native_parallel;
 
 /* Call work(job, item) for every item below num_items, each once; idle threads take the next item. */
 typedef void (*work_item)(void *job, int64_t item);

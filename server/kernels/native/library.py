@@ -21,8 +21,6 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from adapterhub.settings import load_settings
 
 __all__ = ["Library", "find_library"]
@@ -40,6 +38,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "gemm_int8": (*[_P] * 7, *[_N] * 4, _I),
     "apply_deltas": (*[_P] * 6, *[_N] * 7, _I),
     "decode_attention": (*[_P] * 6, *[_N] * 9, _F, _I),
+    "rms_norm": (*[_P] * 3, *[_N] * 2, _F),
     "write_cache": (*[_P] * 3, *[_N] * 6),
 }
 
@@ -56,6 +55,7 @@ class Library:
     gemm_int8: Callable[..., None]
     apply_deltas: Callable[..., None]
     decode_attention: Callable[..., None]
+    rms_norm: Callable[..., None]
     write_cache: Callable[..., None]
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +65,6 @@ class Library:
             function = getattr(handle, f"native_{name}")
             function.argtypes, function.restype = arguments, None
             setattr(self, name, function)
-        _share_threads(handle)
         self.panel_f32: int = handle.native_panel_f32()
         self.panel_int8: int = handle.native_panel_int8()
         self.block_int8: int = handle.native_block_int8()
@@ -127,17 +126,6 @@ def _processor() -> str:
     """Model and instruction sets of this processor: a home folder may be shared between machines."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-def _share_threads(handle: ctypes.CDLL) -> None:
-    """Hand over the parallel region of the OpenMP library that torch has loaded."""
-    found = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
-    if not found:
-        _log.warning("torch brings no libgomp here; compiled kernels use one thread")
-        return
-    openmp = ctypes.CDLL(str(found[0]))
-    handle.native_set_parallel.argtypes = (ctypes.c_void_p,)
-    handle.native_set_parallel(ctypes.cast(openmp.GOMP_parallel, ctypes.c_void_p))
 
 
 def _reason(exc: Exception) -> str:
