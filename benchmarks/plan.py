@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from adapterhub.errors import UserInputError, suggest
 from benchmarks.systems.catalogue import SYSTEMS, Kind, System
 from benchmarks.systems.job import Adapter, Job, Request
 
-__all__ = ["Case", "ServingConfig", "build_config", "build_job", "list_cases", "requests_of"]
+__all__ = ["Case", "ServingConfig", "build_job", "list_cases", "requests_of"]
 
 _FEWEST_MIXED = 2  # One adapter is not a mixture.
 
@@ -64,18 +62,6 @@ class Case:
     def label(self) -> str:
         """Unique, and fit for a file name."""
         return f"{self.system.name}-{self.kind}-{self.num_adapters}"
-
-
-def build_config(raw: Mapping[str, Any]) -> ServingConfig:
-    """Check values from the command line. Raises UserInputError naming the option, its value and what is allowed."""
-    try:
-        return ServingConfig(**raw)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        key = str(first["loc"][0])
-        message = first["msg"].removeprefix("Value error, ").rstrip(".")
-        option = f"--{key.replace('_', '-')}"
-        raise UserInputError(f"{option} is {raw.get(key)!r}: {message}.", "Correct it and start again.") from exc
 
 
 def list_cases(config: ServingConfig) -> list[Case]:

@@ -31,8 +31,9 @@ from adapterhub.settings import Settings, load_settings
 from benchmarks.adapters import adapter_set, publish_all, write_missing
 from benchmarks.machine import describe_machine, describe_revision
 from benchmarks.measures import case_record, measures
+from benchmarks.options import add_options, check_options
 from benchmarks.peers.build import DEFAULT_CACHE, peer_python
-from benchmarks.plan import Case, ServingConfig, build_config, build_job, list_cases
+from benchmarks.plan import Case, ServingConfig, build_job, list_cases
 from benchmarks.systems.job import Adapter, Outcome, read_outcome, write_json
 from benchmarks.workload import load_prompts
 
@@ -211,27 +212,17 @@ def _write_result(bench: _Bench, errors: dict[str, str], out: Path) -> None:
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the result; exits with 1 when a run failed, with 2 for wrong options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder of environments, adapters and runs")
     parser.add_argument("--name", help="name of this comparison; the revision by default")
     parser.add_argument("--fresh", action="store_true", help="forget the runs of that name")
     parser.add_argument("--out", type=Path, default=_RESULT)
-    for key, field in ServingConfig.model_fields.items():
-        is_list = key in ("systems", "kinds", "adapters")
-        help_text = field.description or ("separated by commas" if is_list else None)
-        convert = (lambda text: tuple(text.split(","))) if is_list else str
-        parser.add_argument(f"--{key.replace('_', '-')}", type=convert, default=None, help=help_text)
+    add_options(parser, ServingConfig)
     parsed = parser.parse_args(arguments)
-    given = {key: getattr(parsed, key) for key in ServingConfig.model_fields}
-    return parsed, {key: value for key, value in given.items() if value is not None}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and write the result; exits with 1 when a run failed, with 2 for wrong options."""
-    parsed, given = _parse(arguments)
     try:
-        config = build_config(given)
+        config = check_options(parsed, ServingConfig)
         name = parsed.name or describe_revision()
         if parsed.fresh:
             shutil.rmtree(parsed.cache / "runs" / name, ignore_errors=True)

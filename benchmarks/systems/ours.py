@@ -19,6 +19,7 @@ from adapterhub.store import Store
 from benchmarks.systems.job import Job, Outcome, Request, RequestTimes
 from benchmarks.systems.memory import peak_mib, resident_mib
 from server.engine.build import build_engine
+from server.engine.engine import NativeEngine
 from server.engine.types import (
     AdapterHandle,
     Engine,
@@ -46,7 +47,9 @@ async def _run(job: Job) -> Outcome:
     base = base_of(job)
     with Store.open(Path(job.home) / "store") as store:
         handles = handles_of(job, store, base)
-        async with running_engine(job, base, num_slots=max(1, len(handles))) as engine:
+        async with running_engine(
+            base, num_slots=max(1, len(handles)), threads=job.threads, compute=job.compute
+        ) as engine:
             plain = [Request(prompt_token_ids=one.prompt_token_ids, adapter=None) for one in job.warm_up]
             await _answer_all(engine, plain, handles, job, num_tokens=job.warm_up_tokens)
             base_mib = resident_mib()
@@ -80,10 +83,12 @@ def handles_of(job: Job, store: Store, base: Base) -> list[AdapterHandle]:
 
 
 @asynccontextmanager
-async def running_engine(job: Job, base: Base, *, num_slots: int) -> AsyncGenerator[Engine]:
-    """Start an engine for the job's threads and arithmetic, and stop it at the end."""
-    use_threads(Settings(threads=job.threads))
-    engine = build_engine(base, num_slots=num_slots, kv_memory_mib=KV_MEMORY_MIB, compute=_compute(job.compute))
+async def running_engine(
+    base: Base, *, num_slots: int, threads: int, compute: str = "float32"
+) -> AsyncGenerator[NativeEngine]:
+    """Start an engine, and stop it at the end. Raises UserInputError for an unknown arithmetic."""
+    use_threads(Settings(threads=threads))
+    engine = build_engine(base, num_slots=num_slots, kv_memory_mib=KV_MEMORY_MIB, compute=_compute(compute))
     await engine.start()
     try:
         yield engine
