@@ -105,6 +105,39 @@ def test_seed_choices_and_log_probabilities(client: openai.OpenAI) -> None:
     assert len(plain.choices) == 2
 
 
+def test_choices_with_a_seed_differ_repeat_and_stream_as_they_come_whole(client: openai.OpenAI) -> None:
+    options = {"model": "dora-task", "prompt": "hi", "max_tokens": 10, "n": 3, "seed": 5, "temperature": 1.3}
+    options |= {"presence_penalty": 0.5, "extra_body": {"top_k": 200, "min_p": 0.001, "repetition_penalty": 1.1}}
+    whole = [choice.text for choice in client.completions.create(**options).choices]
+    assert len(set(whole)) == 3
+    assert [choice.text for choice in client.completions.create(**options).choices] == whole
+    streamed = ["", "", ""]
+    for chunk in client.completions.create(**options, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == whole
+    assert [choice.text for choice in client.completions.create(**options | {"seed": 6}).choices] != whole
+
+
+def test_penalties_and_cuts_reach_the_sampler(client: openai.OpenAI) -> None:
+    greedy = client.completions.create(model="base", prompt="aaaa", max_tokens=40, temperature=0).choices[0].text
+    narrow = {"model": "base", "prompt": "aaaa", "max_tokens": 40, "temperature": 2}
+    for cut in ({"top_k": 1}, {"min_p": 1.0}):
+        assert client.completions.create(**narrow, extra_body=cut).choices[0].text == greedy
+    assert client.completions.create(**narrow, top_p=1e-9).choices[0].text == greedy
+    for penalty in ({"presence_penalty": 2}, {"frequency_penalty": 2}):
+        options = narrow | {"temperature": 0, "logprobs": 0} | penalty
+        tokens = client.completions.create(**options).choices[0].logprobs.tokens
+        plain = client.completions.create(**options | dict.fromkeys(penalty, 0)).choices[0].logprobs.tokens
+        assert len(set(tokens)) / len(tokens) > len(set(plain)) / len(plain)
+
+
+def test_usage_says_how_much_of_the_prompt_was_known(client: openai.OpenAI) -> None:
+    options = {"model": "base", "prompt": "the same forty-eight characters of one prompt " * 2, "max_tokens": 2}
+    client.completions.create(**options)
+    usage = client.completions.create(**options).usage
+    assert 0 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+
+
 def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert names[0] == "tiny-llama"
@@ -118,8 +151,8 @@ def test_errors_become_the_exceptions_of_the_client(client: openai.OpenAI) -> No
     assert missing.value.code == "adapter_not_found"
     assert missing.value.param == "adapter"
     with pytest.raises(openai.BadRequestError, match="not supported by this server") as unsupported:
-        client.chat.completions.create(model="base", messages=HELLO, presence_penalty=1.0)
-    assert unsupported.value.param == "presence_penalty"
+        client.chat.completions.create(model="base", messages=HELLO, logit_bias={"5": 1})
+    assert unsupported.value.param == "logit_bias"
     with pytest.raises(openai.BadRequestError, match="the context of 'tiny-llama' has 512") as too_long:
         client.completions.create(model="base", prompt="x" * 600)
     assert too_long.value.code == "context_length_exceeded"

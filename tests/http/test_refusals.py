@@ -137,6 +137,27 @@ def test_images_and_tool_messages_are_refused(client: httpx.Client) -> None:
         ({"temperature": 3}, "The field 'temperature' has the value 3. Input should be less than or equal to 2."),
         ({"temperature": "hot"}, "The field 'temperature' has the value 'hot'. Input should be a valid number."),
         ({"top_p": 0}, "The field 'top_p' has the value 0. Input should be greater than 0."),
+        ({"top_k": -1}, "The field 'top_k' has the value -1. Input should be greater than or equal to 0."),
+        ({"top_k": 1.5}, "The field 'top_k' has the value 1.5. Input should be a valid integer."),
+        ({"min_p": 1.1}, "The field 'min_p' has the value 1.1. Input should be less than or equal to 1."),
+        (
+            {"repetition_penalty": 0},
+            "The field 'repetition_penalty' has the value 0. Input should be greater than 0.",
+        ),
+        (
+            {"repetition_penalty": 11},
+            "The field 'repetition_penalty' has the value 11. Input should be less than or equal to 10.",
+        ),
+        (
+            {"presence_penalty": -2.5},
+            "The field 'presence_penalty' has the value -2.5. Input should be greater than or equal to -2.",
+        ),
+        (
+            {"frequency_penalty": 3},
+            "The field 'frequency_penalty' has the value 3. Input should be less than or equal to 2.",
+        ),
+        ({"priority": 101}, "The field 'priority' has the value 101. Input should be less than or equal to 100."),
+        ({"priority": "high"}, "The field 'priority' has the value 'high'. Input should be a valid integer."),
         ({"n": 17}, "The field 'n' has the value 17. Input should be less than or equal to 16."),
         ({"max_tokens": 0}, "The field 'max_tokens' has the value 0. Input should be greater than or equal to 1."),
         ({"max_tokens": 1.5}, "The field 'max_tokens' has the value 1.5. Input should be a valid integer."),
@@ -238,3 +259,88 @@ def test_an_unknown_model_card_is_not_found(client: httpx.Client) -> None:
 def test_a_request_id_that_could_forge_a_log_line_is_replaced(client: httpx.Client) -> None:
     response = client.get("/v1/models", headers={"x-request-id": "a b\tc"})
     assert len(response.headers["x-request-id"]) == 32
+
+
+SCHEMA = {"name": "part", "schema": {"type": "object"}, "strict": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format",
+            "The field 'response_format' has the value {'type': 'xml'}. Input tag 'xml' found using 'type' does not "
+            "match any of the expected tags: 'text', 'json_object', 'json_schema'.",
+        ),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "The field 'response_format.json_schema' is missing. Add it.",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "part"}}},
+            "response_format.json_schema.schema",
+            "The field 'response_format.json_schema.schema' is missing. Add it.",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": SCHEMA | {"name": "a b"}}},
+            "response_format.json_schema.name",
+            "The field 'response_format.json_schema.name' has the value 'a b'. String should match pattern "
+            "'^[a-zA-Z0-9_-]{1,64}$'.",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": SCHEMA | {"schema": "{}"}}},
+            "response_format.json_schema.schema",
+            "The field 'response_format.json_schema.schema' has the value '{}'. Input should be a valid dictionary.",
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": {}}},
+            "schema",
+            "Unknown field 'schema'. Supported: type.",
+        ),
+        (
+            {"structured_outputs": {}},
+            "structured_outputs",
+            "'structured_outputs' has neither 'regex' nor 'json'. Send one of them.",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "json": {}}},
+            "structured_outputs",
+            "'structured_outputs' has both 'regex' and 'json'. Send one of them.",
+        ),
+        (
+            {"structured_outputs": {"choice": ["a", "b"]}},
+            "choice",
+            "Field 'choice' with the value ['a', 'b'] is not supported by this server. Leave it out (or send None).",
+        ),
+        (
+            {"structured_outputs": {"json": "{'a'}"}},
+            "structured_outputs.json",
+            "The text in 'structured_outputs.json' is no JSON: Expecting property name enclosed in double quotes: "
+            "line 1 column 2 (char 1). Send a JSON schema, as object or text.",
+        ),
+        (
+            {"structured_outputs": {"json": "[1]"}},
+            "structured_outputs.json",
+            "The text in 'structured_outputs.json' is no JSON object. Send a JSON schema, as object or text.",
+        ),
+        (
+            {"structured_outputs": {"json": "[" * 100_000}},
+            "structured_outputs.json",
+            "The text in 'structured_outputs.json' is no JSON: maximum recursion depth exceeded",
+        ),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
+            "structured_outputs",
+            "'response_format' and 'structured_outputs' are both set. Send one of them.",
+        ),
+        ({"guided_regex": "a"}, "guided_regex", "Unknown field 'guided_regex'."),
+    ],
+)
+def test_forms_of_the_answer_that_are_wrong_are_refused_by_name(
+    client: httpx.Client, fields: dict, param: str, message: str
+) -> None:
+    got = _chat_error(client, **fields)
+    assert got[0].startswith(message)
+    assert got[1] == param

@@ -10,7 +10,7 @@ def _numbers(seed: int) -> list[float]:
     """The first random number of each answer to two prompts with three choices."""
     body = CompletionBody(prompt=["a", "b"], seed=seed, n=3)
     places = [(prompt_idx, choice_idx) for prompt_idx in range(2) for choice_idx in range(3)]
-    return [Draw(body.sampling(8, prompt_idx=prompt, choice_idx=choice)).random.random() for prompt, choice in places]
+    return [Draw(body.sampling(8, prompt_idx=prompt, choice_idx=choice)).number() for prompt, choice in places]
 
 
 def test_answers_of_one_and_of_neighbouring_seeds_differ() -> None:
