@@ -57,8 +57,9 @@ class TritonKernel:
     def apply_deltas_(
         self, y: Tensor, x: Tensor, *, segments: Segments, members: Sequence[Member], gates: Tensor | None = None
     ) -> None:
-        """Apply every member to its columns of y (T, O_total), in place; x: (T, H), gates: (T, K) float32.
+        """Apply every member to its columns of y (T, O_total), in place; x: (T, H) like y, gates: (T, K) float32.
 
+        x and y are float32, float16 or bfloat16; weights of another dtype are converted when their slot is written.
         Raises ValueError when the columns of y do not lie side by side.
         """
         if y.stride(1) != 1:

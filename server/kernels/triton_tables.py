@@ -32,6 +32,8 @@ _Slots = Sequence[SlotWeights | None]
 class SlotTable:
     """The slots of one linear. fields: (num_slots, 11) int64 on the device, written in place.
 
+    What the slots held at the last update stays alive until the next, since the device has its addresses.
+
     rank_capacity: a power of two no rank exceeds, 0 without ranks, never smaller than before. aligned: whether wide
     loads are possible everywhere. scales_inputs: whether some slot has an in_scale.
     """
