@@ -157,6 +157,12 @@ class NativeEngine:
             adapter = await asyncio.wrap_future(self._loads.start(handle))
         return adapter.report
 
+    async def unload(self, digest: str) -> bool:
+        """Forget an adapter on the device and on the host, unless a request uses it. Return whether it is gone."""
+        if self._loop is None or not self.status().is_ready:
+            return digest not in self.residency()
+        return await asyncio.wrap_future(self._loop.put_unload(digest))
+
     def resident(self) -> list[str]:
         """Digests that are on the device or on the host."""
         return list(self.residency())

@@ -124,6 +124,11 @@ class FakeEngine:
             raise AdapterLoadError(f"Adapter {handle.label!r} cannot be loaded: it is broken.", "Publish it again.")
         self._loaded[handle.digest] = handle
 
+    async def unload(self, digest: str) -> bool:
+        """Forget the adapter; nothing else uses it."""
+        self._loaded.pop(digest, None)
+        return True
+
     async def start(self) -> None:
         """Begin to accept requests."""
         self._is_running = True

@@ -103,6 +103,17 @@ class Residency:
         self.slots.discard(slot)
         self.slots.epoch = self._runner.clear_slot(slot)
 
+    def unload(self, digest: str) -> bool:
+        """Forget an adapter, unless its slot has users. Return whether it is gone."""
+        slot = self.slots.find(digest)
+        if slot is not None and self.slots.num_users(slot):
+            return False
+        if slot is not None:
+            self.empty(slot)
+        if digest in self._adapters:
+            self._forget(digest)
+        return True
+
     def trim(self, wanted: Collection[str]) -> None:
         """Forget adapters in no slot until the host holds no more than it may."""
         spare = [one for one in self._adapters if self.slots.find(one) is None and one not in wanted]

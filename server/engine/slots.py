@@ -45,6 +45,10 @@ class SlotTable:
         """Return the slot that holds `digest`, or None."""
         return self._slot_of.get(digest)
 
+    def num_users(self, slot: int) -> int:
+        """Return how many use a slot."""
+        return self._slots[slot].num_users
+
     def digests(self) -> list[str]:
         """Return what is resident."""
         return list(self._slot_of)

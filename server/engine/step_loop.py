@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, assert_never
@@ -71,11 +72,17 @@ class _SlowLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class _Unload:
+    digest: str
+    is_gone: Future[bool]
+
+
+@dataclass(frozen=True, slots=True)
 class _Cancel:
     track: Track
 
 
-_Message = Track | _Loaded | _SlowLoad | _Cancel
+_Message = Track | _Loaded | _SlowLoad | _Unload | _Cancel
 
 
 class StepLoop:
@@ -125,6 +132,14 @@ class StepLoop:
     def put_loaded(self, handle: AdapterHandle, adapter: Any, error: AdapterLoadError | None, *, load_s: float) -> None:
         """Hand over the outcome of a load. load_s: what it took."""
         self._send(_Loaded(handle, adapter, error, load_s))
+
+    def put_unload(self, digest: str) -> Future[bool]:
+        """Ask to forget an adapter that no request uses; the future tells whether it is gone."""
+        message = _Unload(digest, Future())
+        message.is_gone.set_running_or_notify_cancel()  # Who asks may leave; the answer is set all the same.
+        if not self._send(message):
+            message.is_gone.set_result(False)
+        return message.is_gone
 
     def put_slow(self, handle: AdapterHandle) -> None:
         """Say that a load takes long, so that others are asked for in its stead."""
@@ -188,7 +203,11 @@ class StepLoop:
             error = AdapterHubError(f"The engine stopped: {_reason(exc)}", "Restart the server and report its log.")
         with self._wake:
             self.is_stopping = True
-            self._tracks |= {message.sequence: message for message in self._inbox if isinstance(message, Track)}
+            left, self._inbox = self._inbox, deque()
+        self._tracks |= {message.sequence: message for message in left if isinstance(message, Track)}
+        for message in left:
+            if isinstance(message, _Unload):
+                message.is_gone.set_result(False)
         self._emit([(track, ErrorEvent(error)) for track in self._tracks.values()])
 
     def _take_messages(self) -> bool:
@@ -218,6 +237,9 @@ class StepLoop:
                 self._keep(message)
             case _SlowLoad():
                 self._residency.slow.add(message.handle.digest)
+            case _Unload():
+                is_wanted = bool(self._scheduler.waiting_for(message.digest))
+                message.is_gone.set_result(not is_wanted and self._residency.unload(message.digest))
             case _Cancel():
                 if self._tracks.pop(message.track.sequence, None) is not None:
                     self._scheduler.finish(message.track.sequence)

@@ -234,6 +234,10 @@ class Engine(Protocol):
         """
         ...
 
+    async def unload(self, digest: str) -> bool:
+        """Forget an adapter on the device and on the host, unless a request uses it. Return whether it is gone."""
+        ...
+
     async def start(self) -> None:
         """Begin to work; a second call does nothing."""
         ...

@@ -10,14 +10,16 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
 from adapterhub.base.prompts import text_token_ids
-from adapterhub.errors import AdapterLoadError, ContextTooLongError, OverloadedError
+from adapterhub.errors import AdapterLoadError, ContextTooLongError, OverloadedError, RequestError
 from server.engine.engine import NativeEngine
 from server.engine.fake import FakeEngine
 from server.engine.types import (
+    AdapterHandle,
     Engine,
     ErrorEvent,
     FinishEvent,
@@ -99,6 +101,21 @@ async def test_loading_makes_an_adapter_resident(any_engine: Engine) -> None:
     assert any_engine.resident() == []
     await any_engine.load(handle("a"))
     await until(lambda: any_engine.resident() == ["digest-a"])
+
+
+async def test_unloading_an_adapter_forgets_it(any_engine: Engine) -> None:
+    await any_engine.load(handle("a"))
+    await until(lambda: any_engine.residency() == {"digest-a": "device"})
+    assert await any_engine.unload("digest-a")
+    assert any_engine.residency() == {}
+    assert await any_engine.unload("digest-a")
+    assert isinstance((await collect(any_engine, request("r", "a")))[-1], FinishEvent)
+
+
+async def test_a_prompt_without_tokens_is_refused(any_engine: Engine) -> None:
+    empty = replace(request("r"), prompt_token_ids=())
+    with pytest.raises(RequestError, match=r"^Request 'r' has a prompt of 0 tokens\. Send at least one\.$"):
+        await collect(any_engine, empty)
 
 
 async def test_closing_the_generator_cancels_the_request(any_engine: Engine) -> None:
@@ -252,8 +269,9 @@ async def test_an_adapter_that_cannot_be_written_fails_only_its_requests() -> No
 async def test_a_row_that_breaks_its_step_fails_alone_and_the_others_go_on() -> None:
     runner = FakeRunner()
     runner.broken_steps = {"heavy"}
-    runner.gate.clear()
     async with running(runner) as engine:
+        await engine.load(handle("heavy"))
+        runner.gate.clear()
         asked = [request(f"{idx}", [None, "a", "b"][idx % 3], max_tokens=12) for idx in range(7)]
         tasks = [asyncio.create_task(tokens_of(engine, one)) for one in asked]
         heavy = asyncio.create_task(collect(engine, request("h", "heavy")))
@@ -310,6 +328,34 @@ async def test_loading_ahead_never_takes_a_slot_in_use() -> None:
         assert runner.writes == [(0, "a")]
         await tokens_of(engine, request("s", "b"))
     assert runner.loads == ["a", "b"]
+
+
+async def test_an_adapter_in_use_is_not_unloaded() -> None:
+    runner = FakeRunner(num_slots=1, step_s=0.002)
+    async with running(runner) as engine:
+        task = asyncio.create_task(tokens_of(engine, request("r", "a", max_tokens=40)))
+        await until(lambda: runner.writes)
+        assert not await engine.unload("digest-a")
+        waiting = asyncio.create_task(tokens_of(engine, request("s", "b", max_tokens=2)))
+        await until(lambda: "digest-b" in engine.resident())
+        assert not await engine.unload("digest-b")
+        assert await task == expected_answer(request("r", "a", max_tokens=40))
+        await waiting
+        assert await engine.unload("digest-a")
+        assert engine.resident() == ["digest-b"]
+    assert not await engine.unload("digest-b")  # It has stopped.
+
+
+async def test_a_mix_is_one_adapter_with_its_own_identity() -> None:
+    runner = FakeRunner()
+    parts = [replace(handle(name).parts[0], weight=weight) for name, weight in (("a", 0.5), ("b", -2.0))]
+    mix = AdapterHandle.mixed(parts)
+    asked = replace(request("r"), adapter=mix)
+    async with running(runner) as engine:
+        await collect(engine, asked)
+        assert engine.resident() == [mix.digest]
+        assert await tokens_of(engine, request("a", "a")) == expected_answer(request("a", "a"))
+    assert runner.loads == ["0.5*a+-2*b", "a"]
 
 
 async def test_a_request_that_is_closed_after_its_first_token_takes_hardly_another_step() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from adapterhub.errors import AdapterHubError, OverloadedError, RequestError
+from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError, RequestError
 from server.engine.engine import NativeEngine
-from server.engine.types import ErrorEvent, FinishEvent, GenerateRequest, SamplingParams, TokenEvent
+from server.engine.types import AdapterHandle, ErrorEvent, FinishEvent, GenerateRequest, SamplingParams, TokenEvent
 from tests.support.engines import BASE, TOKENIZER, collect, expected_answer, handle, request, running, tokens_of, until
 from tests.support.fake_runner import FakeRunner
 
@@ -148,6 +151,81 @@ async def test_a_long_queue_of_adapters_is_loaded_piece_by_piece() -> None:
         answers = [task.result() for task in tasks]
     assert answers == [expected_answer(one) for one in asked]
     assert most <= 2 + 2 + 3 + 1  # In slots, ready for the next ones, within 3 MiB, and one that was just loaded.
+
+
+async def test_a_load_that_hangs_fails_its_requests_and_nobody_else() -> None:
+    runner = FakeRunner(num_slots=1)
+    runner.load_gates = {name: threading.Event() for name in ("stuck1", "stuck2", "stuck3")}
+    expected = (
+        "Adapter 'stuck1@v1' cannot be loaded: it takes longer than 0.2 s. "
+        "Check it with `hub adapters verify stuck1@v1`, or choose another version."
+    )
+    async with running(runner, load_timeout_s=0.2) as engine, asyncio.timeout(10):
+        stuck = [asyncio.create_task(collect(engine, request(name, name))) for name in runner.load_gates]
+        fine = asyncio.create_task(tokens_of(engine, request("f", "good")))
+        answers = await asyncio.gather(*stuck)
+        assert [len(events) for events in answers] == [1, 1, 1]
+        assert str(answers[0][0].error) == expected
+        assert await fine == expected_answer(request("f", "good"))
+        again = await collect(engine, request("again", "stuck1"))
+        assert [str(event.error) for event in again] == [expected]
+        with pytest.raises(AdapterLoadError, match="it takes longer than"):
+            await engine.load(handle("stuck1"))
+        assert runner.loads == ["good"]  # No second thread hangs.
+        runner.load_gates["stuck1"].set()
+        await until(lambda: "stuck1" in runner.loads)
+        assert await _until_answered(engine, "stuck1") == expected_answer(request("r", "stuck1"))
+
+
+async def _until_answered(engine: NativeEngine, adapter: str) -> list[int]:
+    while True:
+        events = await collect(engine, request("r", adapter))
+        if isinstance(events[-1], FinishEvent):
+            return [event.token_id for event in events[:-1]]
+
+
+async def test_slow_loads_do_not_hold_up_the_loads_of_others() -> None:
+    runner = FakeRunner(num_slots=1)
+    runner.load_gates = {name: threading.Event() for name in ("slow1", "slow2")}
+    async with running(runner) as engine, asyncio.timeout(20):
+        slow = [asyncio.create_task(tokens_of(engine, request(name, name))) for name in runner.load_gates]
+        await asyncio.sleep(0.01)
+        assert await tokens_of(engine, request("f", "good")) == expected_answer(request("f", "good"))
+        assert not any(task.done() for task in slow)
+        for gate in runner.load_gates.values():
+            gate.set()
+        assert await asyncio.gather(*slow) == [expected_answer(request("", name)) for name in runner.load_gates]
+
+
+async def test_an_adapter_deleted_while_its_request_waits_fails_that_request_once() -> None:
+    def deleted() -> Path:
+        raise FileNotFoundError("the view is gone")
+
+    runner = FakeRunner(num_slots=1, step_s=0.002)
+    gone = replace(request("g"), adapter=AdapterHandle.alone("digest-gone", deleted, "gone@v1"))
+    async with running(runner) as engine:
+        first = asyncio.create_task(tokens_of(engine, request("f", "a", max_tokens=30)))
+        await until(lambda: engine.status().num_running == 1)
+        events = await collect(engine, gone)
+        assert await first == expected_answer(request("f", "a", max_tokens=30))
+    assert [str(event.error) for event in events] == [
+        "Adapter 'gone@v1' cannot be loaded: the view is gone. "
+        "Check it with `hub adapters verify gone@v1`, or choose another version."
+    ]
+
+
+async def test_a_step_too_large_for_the_memory_runs_in_parts() -> None:
+    class Small(FakeRunner):
+        def step(self, rows, *, epoch):
+            if len(rows) > 3:
+                raise MemoryError("no memory")
+            return super().step(rows, epoch=epoch)
+
+    runner = Small(num_blocks=128)
+    asked = [request(f"{idx}", [None, "a"][idx % 2], prompt="x" * (idx + 1)) for idx in range(10)]
+    async with running(runner) as engine:
+        answers = await asyncio.gather(*(tokens_of(engine, one) for one in asked))
+    assert answers == [expected_answer(one) for one in asked]
 
 
 async def test_a_step_is_refused_when_a_slot_was_written_since_it_was_planned() -> None:

@@ -47,6 +47,33 @@ def test_the_slot_unused_for_longest_is_given_away() -> None:
     assert sorted(slots.digests()) == ["a", "c", "d"]
 
 
+def test_a_slot_that_is_dear_to_fill_again_outlives_a_cheap_one_until_it_is_long_unused() -> None:
+    slots = SlotTable(2)
+    for digest, cost_s in (("dear", 0.05), ("cheap", 0.01)):
+        slot = slots.claim(digest)
+        assert slot is not None
+        slots.note_cost(digest, cost_s=cost_s)
+        slots.release(slot)
+    seen = []
+    for idx in range(8):
+        slot = slots.claim(f"{idx}")
+        assert slot is not None
+        slots.release(slot)
+        seen.append(slots.find("dear") is not None)
+    assert slots.find("cheap") is None
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0]
+    assert not seen[-1]
+
+
+def test_adapters_that_are_asked_for_do_not_give_way() -> None:
+    slots = SlotTable(1)
+    slots.claim("a")
+    slots.release(0)
+    assert slots.claim("b", keep={"a"}) is None
+    assert slots.claim("b", keep={"c"}) == 0
+
+
 def test_a_failed_write_leaves_an_empty_slot() -> None:
     slots = SlotTable(1)
     slots.claim("a")

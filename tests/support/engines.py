@@ -51,7 +51,7 @@ def expected_answer(asked: GenerateRequest) -> list[int]:
 
 
 @asynccontextmanager
-async def running(runner: FakeRunner, tokenizer: Any = TOKENIZER, **limits: int) -> AsyncIterator[NativeEngine]:
+async def running(runner: FakeRunner, tokenizer: Any = TOKENIZER, **limits: float) -> AsyncIterator[NativeEngine]:
     engine = NativeEngine(runner, tokenizer, BASE, limits=Limits(**limits))
     await engine.start()
     try:
@@ -59,7 +59,8 @@ async def running(runner: FakeRunner, tokenizer: Any = TOKENIZER, **limits: int)
         await until(lambda: engine.status().num_running == 0)
         engine.check_integrity()
     finally:
-        runner.gate.set()
+        for gate in (runner.gate, *runner.load_gates.values()):
+            gate.set()
         await engine.stop()
 
 
