@@ -87,15 +87,13 @@ class StructuredOutputs(Body):
         """Write the rule for the engine. Raises RequestError for text that is no JSON object."""
         if self.regex is not None:
             return OutputRule("regex", self.regex)
-        schema = self.json_
-        if isinstance(schema, str):
-            try:
-                schema = cast("object", json.loads(schema))
-            except (ValueError, RecursionError) as exc:
-                raise _no_schema(f"is no JSON: {exc}") from exc
-        if not isinstance(schema, dict):
-            raise _no_schema("is no JSON object")
-        return _schema_rule(cast("dict[str, JsonValue]", schema))
+        try:
+            schema = cast("object", json.loads(self.json_)) if isinstance(self.json_, str) else self.json_
+            if isinstance(schema, dict):
+                return _schema_rule(cast("dict[str, JsonValue]", schema))
+        except (ValueError, RecursionError) as exc:
+            raise _no_schema(f"is no JSON: {exc}") from exc
+        raise _no_schema("is no JSON object")
 
 
 def _schema_rule(schema: dict[str, JsonValue]) -> OutputRule:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator
+from typing import ClassVar
 
 import httpx
 import pytest
+
+from server.engine.fake import FakeEngine
+from server.engine.types import Event, GenerateRequest, OutputRule, SamplingParams
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -198,6 +203,33 @@ def test_neutral_values_of_unsupported_fields_are_accepted(client: httpx.Client)
     assert client.post(CHAT, json={"messages": HELLO} | neutral).status_code == 200
     plain = {"prompt": "x", "best_of": 1, "echo": False, "suffix": None, "logit_bias": None}
     assert client.post("/v1/completions", json=plain).status_code == 200
+
+
+def test_every_field_reaches_the_engine(lab, serve) -> None:
+    class RecordingEngine(FakeEngine):
+        seen: ClassVar[list[GenerateRequest]] = []
+
+        def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+            self.seen.append(request)
+            return super().generate(request)
+
+    cuts = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1}
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": -1, "frequency_penalty": 0.5}
+    body = {"prompt": "x", "max_tokens": 3, "priority": -2, "seed": 4, "stop": "z", "logprobs": 2, **cuts, **penalties}
+    schema = {"b": {}, "a": {"é": 1}}
+    engine = RecordingEngine(lab.tokenizer, lambda text: lab.tokenizer(text)["input_ids"], context_tokens=256)
+    with serve(engine) as client:
+        client.post("/v1/completions", json=body | {"structured_outputs": {"json": schema}})
+        client.post("/v1/completions", json={"prompt": "x", "response_format": {"type": "json_object"}})
+        client.post("/v1/completions", json={"prompt": "x", "top_k": None, "priority": None})
+    full, form, bare = engine.seen
+    rule = OutputRule("json_schema", '{"b":{},"a":{"é":1}}')  # In the order of the schema: answers follow it.
+    rest = {"max_tokens": 3, "seed": "4:0:0", "stop": ("z",), "logprobs": 2, "output": rule}
+    assert full.sampling == SamplingParams(**cuts, **penalties, **rest)
+    assert full.priority == -2
+    assert form.sampling == SamplingParams(max_tokens=16, temperature=1.0, output=OutputRule("json_object"))
+    assert bare.sampling == SamplingParams(max_tokens=16, temperature=1.0)
+    assert bare.priority == 0
 
 
 def test_messages_may_have_text_parts_and_come_back_as_the_client_got_them(client: httpx.Client) -> None:
