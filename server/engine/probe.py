@@ -1,12 +1,11 @@
 """How far an adapter moves the next token after a fixed prompt, asked of the engine like any other request.
 
-Knows the engine's interface; no tensors, no slots. The two requests share a step where the scheduler lets them, wait
-where it does not, and touch nothing that belongs to others.
+Knows the engine's interface; no tensors, no slots. The two requests wait for their turn and touch nothing that belongs
+to others.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
 import secrets
 from collections.abc import Sequence
@@ -39,10 +38,8 @@ async def probe(engine: Engine, handle: AdapterHandle, prompt_token_ids: Sequenc
 
     Raises AdapterLoadError when nothing differs, and what the engine raises or answers with.
     """
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_next_token(engine, one, prompt_token_ids)) for one in (handle, None)]
-    adapter, base = (task.result() for task in tasks)
-    divergence = compare(adapter, base)
+    adapter = await _next_token(engine, handle, prompt_token_ids)
+    divergence = compare(adapter, await _next_token(engine, None, prompt_token_ids))
     if divergence.max_logprob_difference == 0:
         raise AdapterLoadError(
             f"With adapter {handle.label!r} the next token after {PROBE_PROMPT!r} is as likely as without, for each of "

@@ -13,6 +13,7 @@ import pytest
 from adapterhub.errors import AdapterLoadError, AdapterNotFoundError
 from adapterhub.store import Store
 from server.engine.build import build_engine
+from server.engine.sequence import Limits
 from server.engine.types import AdapterHandle, ErrorEvent, FinishEvent, GenerateRequest, SamplingParams
 from server.http import AdapterNames, create_app
 from tests.support.adapters import write_adapter
@@ -62,7 +63,8 @@ async def test_the_adapter_field_names_the_base_by_one_word_only(lab) -> None:
 
 async def test_a_view_that_was_deleted_or_damaged_is_built_again_when_its_adapter_is_loaded(lab, store: Store) -> None:
     names = AdapterNames(store, lab.base)
-    engine = build_engine(lab.base, num_slots=1, kv_memory_mib=8)
+    limits = Limits(host_adapter_mib=0)  # What loses its slot must come from the disk again.
+    engine = build_engine(lab.base, num_slots=1, kv_memory_mib=8, limits=limits)
     await engine.start()
     try:
         swap, other = (names.resolve(name).handle for name in ("swap", "tiny-llama@v1"))
