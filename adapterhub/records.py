@@ -130,6 +130,7 @@ class EffectReport(_Record):
 
     method: Method
     modules: dict[str, ModuleEffect] = Field(description="Every linear that is changed.")
+    unmatched_targets: tuple[str, ...] = Field(description="Names in `target_modules` that no linear of the base has.")
     num_untouched: int = Field(description="Linears of the base that the configuration does not target.")
     num_pruned: int = Field(description="Targets that AdaLoRA has cut to rank 0.")
     max_relative_size: float

@@ -165,6 +165,8 @@ def _add_effect(table: Table, version: Version, effect: EffectReport | None) -> 
     largest = max(effect.modules, key=lambda name: effect.modules[name].relative_size)
     counted = f"{len(effect.modules)} linears changed, {effect.num_untouched} left alone"
     _add(table, "effect", counted + (f", {effect.num_pruned} cut to rank 0" if effect.num_pruned else ""))
+    if effect.unmatched_targets:
+        _add(table, "targets without linear", ", ".join(effect.unmatched_targets))
     _add(
         table,
         "change of weights",

@@ -67,6 +67,12 @@ class AdapterConfig:
             return True  # A full name is taken whatever its layer.
         return _is_named(self.target_modules, module) and self._is_in_layers(module)
 
+    def unmatched_targets(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """Entries of `target_modules` that name none of `modules`; harmless, as PEFT has it, while another entry does."""
+        names = list(modules)
+        entries = () if isinstance(self.target_modules, str) else sorted(self.target_modules)
+        return tuple(entry for entry in entries if not any(_is_named((entry,), name) for name in names))
+
     def _is_in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True

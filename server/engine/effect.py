@@ -33,6 +33,7 @@ def measure_effect(
     *,
     scales: Mapping[str, float | None],
     model: nn.Module,
+    unmatched_targets: tuple[str, ...],
     num_linears: int,
     num_pruned: int,
 ) -> EffectReport:
@@ -51,6 +52,7 @@ def measure_effect(
     return EffectReport(
         method=method,
         modules=effects,
+        unmatched_targets=unmatched_targets,
         num_untouched=num_linears - len(modules) - num_pruned,
         num_pruned=num_pruned,
         max_relative_size=max(sizes),

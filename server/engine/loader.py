@@ -84,6 +84,7 @@ def load_adapter(view: Path, base: Base, model: nn.Module) -> LoadedAdapter:
         modules,
         scales={module: _scale_of(config, module) for module in modules},
         model=model,
+        unmatched_targets=config.unmatched_targets(base.modules),
         num_linears=len(base.modules),
         num_pruned=len(names) - len(modules),
     )

@@ -92,6 +92,13 @@ def test_a_report_counts_what_is_changed_pruned_and_left_alone(
     assert len(pruned.modules) + pruned.num_pruned == 14
 
 
+def test_a_report_names_targets_that_the_base_does_not_have(base: Base, model: torch.nn.Module, tmp_path: Path) -> None:
+    view = write_adapter(tmp_path, base, method="lora", target_modules=["q_proj", "qkv_proj"], as_view=True)
+    report = report_of(view, base, model)
+    assert report.unmatched_targets == ("qkv_proj",)
+    assert {name.rpartition(".")[2] for name in report.modules} == {"q_proj"}
+
+
 def test_a_report_states_rank_and_scale_of_each_module(base: Base, model: torch.nn.Module, tmp_path: Path) -> None:
     found = report_of(write_adapter(tmp_path / "a", base, as_view=True, **KINDS["patterns"]), base, model).modules
     assert found["model.layers.0.self_attn.q_proj"].rank == 3

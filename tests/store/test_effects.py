@@ -18,6 +18,7 @@ def _report(kl: float) -> EffectReport:
     return EffectReport(
         method=Method.LORA,
         modules={"q_proj": ModuleEffect(rank=2, scale=2.0, relative_size=0.1)},
+        unmatched_targets=("x_proj",),
         num_untouched=1,
         num_pruned=0,
         max_relative_size=0.1,
