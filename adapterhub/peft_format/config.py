@@ -68,7 +68,7 @@ class AdapterConfig:
         return _is_named(self.target_modules, module) and self._is_in_layers(module)
 
     def unmatched_targets(self, modules: Iterable[str]) -> tuple[str, ...]:
-        """Entries of `target_modules` that name none of `modules`; harmless, as PEFT has it, while another entry does."""
+        """Entries of `target_modules` that name none of `modules`; harmless as long as another entry names some."""
         names = list(modules)
         entries = () if isinstance(self.target_modules, str) else sorted(self.target_modules)
         return tuple(entry for entry in entries if not any(_is_named((entry,), name) for name in names))
