@@ -8,6 +8,7 @@ refused, so that no row can run with the adapter of another row.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -23,14 +24,12 @@ from adapterhub.errors import AdapterLoadError, BaseMismatchError, EngineStateEr
 from server.engine.attention import (
     ATTENTION_NAME,
     AttentionStep,
-    HeadShape,
     HeadShapeProbe,
-    PagedKV,
-    RowSpan,
     register_paged_attention,
 )
 from server.engine.loader import LoadedAdapter, load_adapter
 from server.engine.mix import load_mix
+from server.engine.paged_kv import HeadShape, PagedKV, RowSpan
 from server.kernels import Segments, pick_kernel
 from server.kernels.native import find_library
 from server.layers import wrap_linears
@@ -95,9 +94,11 @@ class Runner:
         products = pick_products(compute, device=self._device.type)
         self._layers = wrap_linears(model, base.modules, num_slots=num_slots, kernel=picked, build_product=products)
         _pack_head_(model, products)
-        library = find_library() if self._device.type == "cpu" else None
-        if library is not None:
-            replace_norms_(model, library)
+        self._library = find_library() if self._device.type == "cpu" else None
+        if self._library is not None:
+            self._library.num_threads = torch.get_num_threads()
+            replace_norms_(model, self._library)
+        self._thread_id: int | None = None
         self._resident: list[LoadedAdapter | None] = [None] * num_slots
         self._epoch = 0
         register_paged_attention()
@@ -168,6 +169,7 @@ class Runner:
             self._check_row(row)
         if not rows:
             return torch.empty(0, self.vocab_size)
+        self._prepare_thread()
         order = sorted(range(len(rows)), key=lambda idx: rows[idx].slot)
         ordered = [rows[idx] for idx in order]
         ends = list(accumulate(len(row.token_ids) for row in ordered))
@@ -180,6 +182,16 @@ class Runner:
             last[idx] = end - 1
         context = StepContext(_segments(ordered), AttentionStep(self._kv, spans), _gates(ordered))
         return self._forward(ordered, context, last=last)
+
+    def _prepare_thread(self) -> None:
+        """Let torch use one thread where steps run.
+
+        The products have threads of their own; those of torch would wait for them in the barrier of every small
+        operation.
+        """
+        if self._library is not None and self._thread_id != threading.get_ident():
+            self._thread_id = threading.get_ident()
+            torch.set_num_threads(1)
 
     def _forward(self, rows: Sequence[StepRow], step: StepContext, *, last: Sequence[int]) -> Tensor:
         """Run the rows, sorted by slot, as one sequence (1, T); return the logits (len(last), V) at tokens `last`."""

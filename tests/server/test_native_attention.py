@@ -130,7 +130,7 @@ def test_rows_of_any_length_attend_as_float64_does(
     history = build_history(LENGTHS, heads=heads, group=group, dim=dim, value_dim=value_dim)
     found = decode_last(history, window=window)
     assert (found - exact_last(history, window=window)).abs().max() < 2e-6
-    monkeypatch.setattr("server.engine.attention.find_library", lambda: None)
+    monkeypatch.setattr("server.engine.paged_kv.find_library", lambda: None)
     assert (found - decode_last(history, window=window)).abs().max() < 2e-6
 
 

@@ -95,7 +95,7 @@ class _Deltas:
             x.stride(0),
             0 if gates is None else gates.shape[1],
             table.max_rank,
-            torch.get_num_threads(),
+            self._library.num_threads,
         )
 
 

@@ -48,6 +48,7 @@ class Library:
 
     panel_f32, panel_int8: outputs per panel of a packed weight; block_int8: inputs that share a scale; chunk_tokens:
     most tokens of one chunk; max_head_dim: widest head; has_vnni: whether the processor multiplies bytes directly.
+    num_threads: threads one call may use; set by whoever owns the process.
     """
 
     gemm_f32: Callable[..., None]
@@ -60,6 +61,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.num_threads = 1
         handle = ctypes.CDLL(str(path))
         for name, arguments in _SIGNATURES.items():
             function = getattr(handle, f"native_{name}")

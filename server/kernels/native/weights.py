@@ -57,7 +57,7 @@ class FloatWeight:
             num_out,
             num_out,
             x.stride(0),
-            torch.get_num_threads(),
+            self._library.num_threads,
         )
         return y
 
@@ -92,7 +92,7 @@ class Int8Weight:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias (T, O) for x (T, H) float32; x is rounded to 8 bits per block of inputs."""
         num_out, num_in = self.shape
-        num_rows, num_blocks, num_threads = x.shape[0], num_in // self._library.block_int8, torch.get_num_threads()
+        num_rows, num_blocks, num_threads = x.shape[0], num_in // self._library.block_int8, self._library.num_threads
         scratch = torch.empty(num_rows * (num_in + 8 * num_blocks), dtype=torch.uint8)
         codes = scratch.data_ptr()
         scales = codes + num_rows * num_in
