@@ -19,10 +19,12 @@ from adapterhub.records import Manifest
 from adapterhub.store import Version
 from server.engine.types import MAX_STACKED_RANK
 
-__all__ = ["MAX_MEMBERS", "MAX_WEIGHT", "Member", "check_ranks", "merge_members", "read_weights"]
+__all__ = ["MAX_MEMBERS", "MAX_WEIGHT", "MIN_WEIGHT", "Member", "check_ranks", "merge_members", "read_weights"]
 
 MAX_MEMBERS = 8  # As many as a gate weighs in X-LoRA (https://arxiv.org/abs/2402.07148); each costs a full adapter.
+MIN_WEIGHT = 1e-4  # Less would disappear in the rounding of what the other members add.
 MAX_WEIGHT = 8.0  # Task arithmetic (https://arxiv.org/abs/2212.04089) finds its best weights below 2.
+_RANGE = f"from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g} whose size is at least {MIN_WEIGHT:g}"
 _PARAM = "adapter.mix"
 _SHAPE = 'Send {"mix": {name: weight, ...}}'
 _RANK_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(lora_A(\.weight)?|vera_lambda_d)")
@@ -48,12 +50,13 @@ def read_weights(mix: JsonValue) -> dict[str, float]:
 def _read_weight(name: str, weight: JsonValue) -> float:
     if name == "base":
         raise _refusal("The mix gives 'base' a weight.", "Leave it out: the base always takes part, with weight 1.")
-    if isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < abs(weight) <= MAX_WEIGHT:
-        return float(weight)  # NaN fails the comparison, and no integer in that range overflows.
-    raise _refusal(
-        f"In the mix, {name!r} has the weight {weight!r}.",
-        f"Give a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g} that is not 0.",
-    )
+    if isinstance(weight, int | float) and not isinstance(weight, bool) and _is_weight(weight):
+        return float(weight)
+    raise _refusal(f"In the mix, {name!r} has the weight {weight!r}.", f"Give a number {_RANGE}.")
+
+
+def _is_weight(number: float) -> bool:
+    return MIN_WEIGHT <= abs(number) <= MAX_WEIGHT  # NaN fails, and no integer in that range overflows.
 
 
 def merge_members(named: Sequence[tuple[str, Version, float]]) -> list[Member]:
@@ -68,11 +71,11 @@ def merge_members(named: Sequence[tuple[str, Version, float]]) -> list[Member]:
         weights.setdefault(digest, []).append(weight)
     members = [Member(versions[digest], math.fsum(given)) for digest, given in weights.items()]
     for member in members:
-        if not 0 < abs(member.weight) <= MAX_WEIGHT:
+        if not _is_weight(member.weight):
             listed = ", ".join(repr(name) for name in names[member.version.serving_digest])
             raise _refusal(
                 f"In the mix, {listed} are all {member.version.label!r}; their weights add up to {member.weight:g}.",
-                f"The sum must lie between {-MAX_WEIGHT:g} and {MAX_WEIGHT:g} and not be 0.",
+                f"Let them add up to a number {_RANGE}.",
             )
     if len(members) > 1 or members[0].weight != 1:
         _check_additive(members)
