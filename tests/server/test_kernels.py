@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from adapterhub.errors import SettingsError
 from server.kernels import Segments, SlotWeights, load_kernel, pick_kernel
-from server.layers import AdapterLinear, LinearGroup
 from server.step_context import StepContext, current_step, step_context
 from tests.support.kernel_cases import CPU_KERNELS, KINDS, Case, build_case, exact, largest_error, run_cases
 
@@ -178,18 +177,6 @@ def test_picking_the_cpu_kernel_imports_no_other() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_a_step_without_adapters_is_exactly_the_base_layer() -> None:
-    layer = torch.nn.Linear(NUM_IN, NUM_OUT)
-    group = LinearGroup(layer, [NUM_OUT], biases=[layer.bias], num_slots=2, kernel=load_kernel("cpu"))
-    wrapped = AdapterLinear(group, 0)
-    wrapped.write_slot(1, SlotWeights(out_scale=torch.zeros(NUM_OUT)))
-    x = torch.randn(1, 3, NUM_IN)
-    for step in (StepContext(None), StepContext(Segments((-1, 0), (2, 1)))):
-        with step_context(step):
-            assert torch.equal(wrapped(x), layer(x))
-    assert torch.equal(wrapped(x), layer(x))
 
 
 def test_steps_do_not_nest_and_end_with_their_block() -> None:
