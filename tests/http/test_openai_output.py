@@ -90,6 +90,15 @@ def test_an_expression_is_matched_from_end_to_end(client: openai.OpenAI, express
         assert re.fullmatch(expression, reply.choices[0].text)
 
 
+def test_the_bytes_of_tokens_join_to_the_answer_and_scores_know_no_rule(client: openai.OpenAI) -> None:
+    extra = {"structured_outputs": {"regex": "«[éü😀]{2,5}»"}}
+    options = {"model": "base", "messages": HELLO, "temperature": 0, "logprobs": True, "top_logprobs": 1}
+    (choice,) = client.chat.completions.create(**options, extra_body=extra).choices
+    scores = choice.logprobs.content
+    assert b"".join(bytes(score.bytes) for score in scores) == choice.message.content.encode()
+    assert any(score.logprob < score.top_logprobs[0].logprob for score in scores)
+
+
 def test_json_mode_gives_an_object_or_the_beginning_of_one(client: openai.OpenAI) -> None:
     for seed in range(5):
         options = {"model": "base", "messages": HELLO, "seed": seed, "max_tokens": 60}

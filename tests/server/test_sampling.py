@@ -87,8 +87,8 @@ def test_frequencies_match_the_definition(options: dict) -> None:
 
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 4500}], ids=str)
 def test_a_cut_is_exact_when_very_many_tokens_are_left(options: dict) -> None:
-    counts = _drawn(torch.linspace(1e-3, 0, 5000), 3000, **options)
-    assert len(counts) > 2000
+    counts = _drawn(torch.linspace(1e-3, 0, 5000), 1500, **options)
+    assert len(counts) > 1000
     assert 4400 < max(counts) < 4510
 
 
