@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := adapterhub trainer server adapters benchmarks examples tests
 
-.PHONY: help install install-test base demo check test format clean
+.PHONY: help install install-test base demo check test format clean bench-peers bench-serving
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,17 @@ test: check base ## everything CI runs
 format: install-test ## format and fix what can be fixed
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+bench-peers: base ## build the environments of vLLM and llama.cpp for benchmarks
+	$(BIN)/python -m benchmarks.peers.build
+
+bench-serving: base ## measure serving beside its peers, draw and write docs/benchmarks.md; takes hours
+	$(PIP) install --quiet --progress-bar off -c constraints.txt -e '.[bench]'
+	-$(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.churn
+	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.report
 
 clean: ## remove the virtual environment and caches, not your adapters
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis
