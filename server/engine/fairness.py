@@ -147,7 +147,7 @@ class FairQueue:
             return (*_urgency(sequence), served - lead(sequence), sequence.arrival)
 
         def line(adapters: dict[str | None, list[Sequence]]) -> Iterator[Sequence]:
-            return _merge([sorted(one, key=adapter_rank) for one in adapters.values()], adapter_rank)
+            return _merge([sorted(one, key=_place) for one in adapters.values()], adapter_rank)
 
         yield from _merge([line(adapters) for adapters in tenants.values()], tenant_rank)
 
@@ -155,6 +155,11 @@ class FairQueue:
 def _urgency(sequence: Sequence) -> tuple[int, bool]:
     """What counts before fairness: the level, and having begun already (a preempted sequence holds a slot)."""
     return sequence.level, sequence.slot is None
+
+
+def _place(sequence: Sequence) -> tuple[int, bool, int]:
+    """What counts among the sequences of one adapter."""
+    return sequence.level, sequence.slot is None, sequence.arrival
 
 
 def _merge(lines: Iterable[Iterable[Sequence]], rank: Callable[[Sequence], tuple[int, ...]]) -> Iterator[Sequence]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection
 
-from adapterhub.errors import AdapterHubError, AdapterLoadError, OverloadedError, RequestError
+from adapterhub.errors import AdapterHubError, AdapterLoadError, ContextTooLongError, OverloadedError, RequestError
 from adapterhub.records import EffectReport
 from server.engine.detokenize import Detokenizer, StopFilter, Tokenizer, TokenTexts
 from server.engine.types import (
@@ -68,6 +68,12 @@ class FakeEngine:
         """Yield the tokens of `[label] prompt`, then one terminal event."""
         if not request.prompt_token_ids:
             raise RequestError(f"Request {request.request_id!r} has a prompt of 0 tokens.", "Send at least one.")
+        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
+        if num_tokens > self._context_tokens:
+            raise ContextTooLongError(
+                f"Request {request.request_id!r} needs {num_tokens} tokens; the context has {self._context_tokens}.",
+                "Shorten the prompt or ask for fewer tokens.",
+            )
         if not self._is_running or len(self.running) >= self._max_requests:
             raise OverloadedError(f"All {self._max_requests} places are taken.", "Try again later.")
         self.running.add(request.request_id)
@@ -118,8 +124,8 @@ class FakeEngine:
         score = TokenScore(token_id, self._texts.text(token_id), self._texts.raw(token_id), -0.5)
         return TokenLogprob(score, (score,) * min(1, request.sampling.logprobs))
 
-    async def load(self, handle: AdapterHandle) -> EffectReport | None:
-        """Remember the adapter; its effect is not measured. Raises AdapterLoadError for the broken ones."""
+    async def load(self, handle: AdapterHandle) -> None:
+        """Remember the adapter. Raises AdapterLoadError for the broken ones."""
         if handle.digest in self._broken:
             raise AdapterLoadError(f"Adapter {handle.label!r} cannot be loaded: it is broken.", "Publish it again.")
         self._loaded[handle.digest] = handle
@@ -128,6 +134,10 @@ class FakeEngine:
         """Forget the adapter; nothing else uses it."""
         self._loaded.pop(digest, None)
         return True
+
+    async def measure(self, handle: AdapterHandle) -> EffectReport | None:
+        """Remember the adapter; there is nothing to measure."""
+        await self.load(handle)
 
     async def start(self) -> None:
         """Begin to accept requests."""

@@ -68,7 +68,6 @@ class Residency:
 
     def keep(self, digest: str, adapter: Any, *, load_s: float, wanted: Collection[str]) -> None:
         """Take an adapter that was loaded. wanted: digests that do not give way to it."""
-        self.slow.discard(digest)
         self._adapters[digest] = adapter
         self._worth.add(digest, cost=load_s, size=adapter.size_bytes)
         self._worth.use(digest)

@@ -8,7 +8,7 @@ the business of `server.engine.fairness`. Knows no tensors, tokens' meaning, nam
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from itertools import takewhile
 
 from server.engine.blocks import BlockPool
@@ -98,15 +98,14 @@ class Scheduler:
         chosen = self._continue_running()
         plan = SlotPlan(self._slots, loaded=loaded, users=self._slot_users, waiting=self._waiting)
         pending = self._hashes_in_progress()
-        wanted = _Wanted(self._slots, slow)
-        is_open = True
+        wanted = _Wanted(self._slots, plan.needed, slow)
+        is_open = self._has_room(chosen)
         for sequence in self._waiting.in_order(frozenset(self._slots.digests())):
-            is_open = is_open and self._has_room(chosen)
-            if is_open and not self._is_computed_soon(sequence, pending) and plan.has_place_for(sequence):
-                is_open = self._start(sequence, chosen, plan, pending)
-            wanted.note(sequence)
-            if wanted.is_full and not is_open:
+            if not is_open and wanted.is_complete:
                 break
+            if is_open and not self._is_computed_soon(sequence, pending) and plan.has_place_for(sequence):
+                is_open = self._start(sequence, chosen, plan, pending) and self._has_room(chosen)
+            wanted.note(sequence.digest)
         self.wanted = tuple(wanted.digests)
         plan.fill_unused(self.wanted)
         if chosen:
@@ -225,23 +224,24 @@ class _Wanted:
     Those whose load is slow do not count, so that others are loaded in their stead.
     """
 
-    def __init__(self, slots: SlotTable, slow: Container[str]) -> None:
+    def __init__(self, slots: SlotTable, needed: Iterable[str], slow: Container[str]) -> None:
         self._slots = slots
+        self._unseen = {digest for digest in needed if slots.find(digest) is None}
         self._slow = slow
         self._num_left = slots.num_slots
-        self.digests: dict[str, None] = {}
+        self.digests: list[str] = []
 
     @property
-    def is_full(self) -> bool:
-        return self._num_left == 0
+    def is_complete(self) -> bool:
+        return self._num_left == 0 or not self._unseen
 
-    def note(self, sequence: Sequence) -> None:
-        """Add the adapter of a sequence that did not start."""
-        digest = sequence.digest
-        if digest is None or self.is_full or digest in self.digests or self._slots.find(digest) is not None:
-            return
-        self.digests[digest] = None
-        self._num_left -= digest not in self._slow
+    def note(self, digest: str | None) -> None:
+        """Add the next adapter in order, unless it has a slot, maybe since a moment."""
+        if digest in self._unseen and not self.is_complete:
+            self._unseen.remove(digest)
+            if self._slots.find(digest) is None:
+                self.digests.append(digest)
+                self._num_left -= digest not in self._slow
 
 
 def _row(sequence: Sequence, num_tokens: int) -> Row:

@@ -18,7 +18,7 @@ class SlotPlan:
     """Gives slots to sequences, asked in the order in which they may start.
 
     loaded: digests that can be written at once; users: the sequences that hold slots; waiting: those that want to run.
-    writes: (slot, digest), in the order in which they are to be written.
+    needed: their digests. writes: (slot, digest), in the order in which they are to be written.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class SlotPlan:
         self._slots = slots
         self._loaded = loaded
         self._users = users
-        self._needed = {one.digest for one in waiting if one.digest is not None}
+        self.needed = {one.digest for one in waiting if one.digest is not None}
         self._reserved: dict[str, int] = {}
         self.writes: list[tuple[int, str]] = []
 
@@ -58,7 +58,7 @@ class SlotPlan:
         slot = self._slots.acquire(sequence.digest)
         if slot is None:
             # Rather not one whose adapter is asked for, but the order of the queue decides.
-            slot = self._slots.claim(sequence.digest, keep=self._needed)
+            slot = self._slots.claim(sequence.digest, keep=self.needed)
             slot = self._slots.claim(sequence.digest) if slot is None else slot
             assert slot is not None
             self.writes.append((slot, sequence.digest))
@@ -68,7 +68,7 @@ class SlotPlan:
         """Write adapters that will be needed into slots that nobody uses and nobody waits for."""
         for digest in wanted:
             if digest in self._loaded and self._slots.find(digest) is None:
-                slot = self._slots.claim(digest, keep=self._needed)
+                slot = self._slots.claim(digest, keep=self.needed)
                 if slot is None:
                     return
                 self.writes.append((slot, digest))

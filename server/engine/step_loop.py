@@ -111,6 +111,7 @@ class StepLoop:
         blocks = BlockPool(runner.num_blocks, block_size=runner.block_size)
         self._scheduler = Scheduler(self._residency.slots, blocks, limits, base_digest=base_digest)
         self._tracks: dict[SequenceState, Track] = {}
+        self._requested: set[str] = set()
         self._inbox: deque[_Message] = deque()
         self._wake = threading.Condition()
         self.is_stopping = False
@@ -195,7 +196,9 @@ class StepLoop:
                 plan = self._scheduler.schedule(loaded=self._residency.loaded, slow=self._residency.slow)
                 self._has_rows = bool(plan.rows)
                 for digest in plan.missing:
-                    self._request_load(self._handle_of(digest))
+                    if digest not in self._requested:  # Its outcome may be on the way.
+                        self._requested.add(digest)
+                        self._request_load(self._handle_of(digest))
                 if self._write_slots(plan) and plan.rows:
                     self._run_rows(plan.rows, epoch=plan.epoch)
         except BaseException as exc:  # A panic in Rust too: the thread ends, and nobody may be left waiting.
@@ -230,11 +233,13 @@ class StepLoop:
             case Track():
                 self._tracks[message.sequence] = message
                 self._scheduler.add(message.sequence)
-            case _Loaded(error=AdapterLoadError() as error):
-                self._residency.slow.discard(message.handle.digest)
-                self._fail(self._scheduler.waiting_for(message.handle.digest), error)
             case _Loaded():
-                self._keep(message)
+                self._requested.discard(message.handle.digest)
+                self._residency.slow.discard(message.handle.digest)
+                if message.error is None:
+                    self._keep(message)
+                else:
+                    self._fail(self._scheduler.waiting_for(message.handle.digest), message.error)
             case _SlowLoad():
                 self._residency.slow.add(message.handle.digest)
             case _Unload():
@@ -294,7 +299,12 @@ class StepLoop:
     def _sample(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Draw and record the new token of each row, logits (len(rows), V) float32."""
         tracks = [self._tracks[row.sequence] for row in rows]
-        results = self._sampler.sample(logits, [track.draw for track in tracks])
+        results: Sequence[Sampled | AdapterHubError]
+        try:
+            results = self._sampler.sample(logits, [track.draw for track in tracks])
+        except Exception as exc:  # These requests end here, not the loop.
+            _log.exception("step %d gave values that cannot be drawn from", self.num_steps)
+            results = [_cannot_continue(track, exc) for track in tracks]
         events: list[tuple[Track, Event]] = []
         for row, track, result in zip(rows, tracks, results, strict=True):
             events += [(track, event) for event in self._record(row, track, result)]

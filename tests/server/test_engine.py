@@ -112,6 +112,11 @@ async def test_unloading_an_adapter_forgets_it(any_engine: Engine) -> None:
     assert isinstance((await collect(any_engine, request("r", "a")))[-1], FinishEvent)
 
 
+async def test_a_request_longer_than_the_context_is_refused(any_engine: Engine) -> None:
+    with pytest.raises(ContextTooLongError, match=r"^Request 'r' needs 129 tokens; the context has 128\. Shorten"):
+        await collect(any_engine, request("r", max_tokens=124))
+
+
 async def test_a_prompt_without_tokens_is_refused(any_engine: Engine) -> None:
     empty = replace(request("r"), prompt_token_ids=())
     with pytest.raises(RequestError, match=r"^Request 'r' has a prompt of 0 tokens\. Send at least one\.$"):
@@ -415,12 +420,6 @@ async def test_the_queue_is_bounded_by_tokens_too() -> None:
             await collect(engine, request("more"))
         runner.gate.set()
         await asyncio.gather(*tasks)
-
-
-async def test_a_request_longer_than_the_context_is_refused() -> None:
-    async with running(FakeRunner()) as engine:
-        with pytest.raises(ContextTooLongError, match=r"^Request 'r' needs 129 tokens; the context has 128\. Shorten"):
-            await collect(engine, request("r", max_tokens=124))
 
 
 async def test_stopping_ends_requests_in_flight_with_an_error() -> None:

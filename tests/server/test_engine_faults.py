@@ -68,6 +68,18 @@ async def test_a_row_that_fails_after_the_step_ends_its_own_request_only(caplog:
     assert "request bad failed after its step" in caplog.text
 
 
+async def test_values_that_cannot_be_drawn_from_end_their_requests_only() -> None:
+    class Empty(FakeRunner):
+        def step(self, rows, *, epoch):
+            logits = super().step(rows, epoch=epoch)
+            return logits[:, :0] if len(self.steps) == 1 else logits
+
+    async with running(Empty()) as engine:
+        events = await collect(engine, request("r"))
+        assert await tokens_of(engine, request("s")) == expected_answer(request("s"))
+    assert str(events[-1].error).startswith("The answer to request 'r' cannot be continued: ")
+
+
 async def test_prompt_tokens_that_the_model_does_not_know_are_refused() -> None:
     asked = GenerateRequest(
         request_id="r", prompt_token_ids=(1, 99999), adapter=None, sampling=SamplingParams(max_tokens=1)
