@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import threading
-import weakref
 from collections.abc import Mapping
 
 import torch
@@ -20,11 +18,6 @@ from server.kernels import SlotWeights
 from server.layers import serving_weight
 
 __all__ = ["measure_effect", "row_terms"]
-
-# Norms of the layers of the models that exist; a layer never changes, and reading all of a base takes longer than
-# loading an adapter.
-_WEIGHT_NORMS: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
 
 
 def measure_effect(
@@ -111,13 +104,7 @@ def _scaling_norm(weights: SlotWeights, layer: nn.Module) -> float:
 
 
 def _weight_norm(layer: nn.Module) -> float:
-    with _LOCK:
-        known = _WEIGHT_NORMS.get(layer)
-    if known is None:
-        known = float(torch.linalg.vector_norm(serving_weight(layer), dtype=torch.float64))
-        with _LOCK:
-            _WEIGHT_NORMS[layer] = known
-    return known
+    return float(torch.linalg.vector_norm(serving_weight(layer), dtype=torch.float64))
 
 
 def _ratio(change: float, norm: float) -> float:

@@ -145,17 +145,23 @@ class NativeEngine:
         assert self._loop is not None
         self._loop.put_slow(handle)
 
-    async def load(self, handle: AdapterHandle) -> EffectReport | None:
-        """Load an adapter, and write it into a slot at once if one has no user; return its effect, None for a mix.
+    async def load(self, handle: AdapterHandle) -> None:
+        """Load an adapter, and write it into a slot at once if one has no user.
 
         Raises AdapterLoadError, and OverloadedError when the engine is not running.
         """
+        await self._bring(handle)
+
+    async def measure(self, handle: AdapterHandle) -> EffectReport | None:
+        """Load an adapter and say how much it changes the base; None for a mix. Raises what `load` raises."""
+        adapter = await self._bring(handle)
+        return None if adapter.measure is None else await asyncio.to_thread(adapter.measure)
+
+    async def _bring(self, handle: AdapterHandle) -> Any:
         if self._loop is None or not self.status().is_ready:
             raise OverloadedError("The engine is not running.", "Start it first.")
         adapter = self._loop.find_adapter(handle.digest)
-        if adapter is None:
-            adapter = await asyncio.wrap_future(self._loads.start(handle))
-        return adapter.report
+        return adapter if adapter is not None else await asyncio.wrap_future(self._loads.start(handle))
 
     async def unload(self, digest: str) -> bool:
         """Forget an adapter on the device and on the host, unless a request uses it. Return whether it is gone."""

@@ -9,8 +9,9 @@ https://arxiv.org/abs/2402.09353, section 4.1, for the norm.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never, cast
 
@@ -42,7 +43,7 @@ class LoadedAdapter:
 
     methods: one, or those of the members of a mix. modules: name of a linear -> what the adapter does there.
     size_bytes: its own tensors, without shared projections. projections: the VeRA projections it uses, kept alive here.
-    report: how much it changes the base; None for mixes and experts, whose members have theirs.
+    measure: says how much it changes the base, which takes as long as loading; None for mixes and experts.
     """
 
     base_digest: str
@@ -50,7 +51,7 @@ class LoadedAdapter:
     modules: Mapping[str, SlotWeights]
     size_bytes: int
     projections: Projections | None = None
-    report: EffectReport | None = None
+    measure: Callable[[], EffectReport] | None = None
 
 
 def load_adapter(view: Path, base: Base, model: nn.Module) -> LoadedAdapter:
@@ -79,7 +80,8 @@ def load_adapter(view: Path, base: Base, model: nn.Module) -> LoadedAdapter:
         _check_finite(modules[module].tensors(), what=f"what {module!r} adds to the base")
     _check_effect(view, config, modules)
     size_bytes = sum(_own_bytes(weights, projections) for weights in modules.values())
-    report = measure_effect(
+    measure = partial(
+        measure_effect,
         config.method,
         modules,
         scales={module: _scale_of(config, module) for module in modules},
@@ -88,7 +90,7 @@ def load_adapter(view: Path, base: Base, model: nn.Module) -> LoadedAdapter:
         num_linears=len(base.modules),
         num_pruned=len(names) - len(modules),
     )
-    return LoadedAdapter(base.digest, (config.method,), modules, size_bytes, projections, report)
+    return LoadedAdapter(base.digest, (config.method,), modules, size_bytes, projections, measure)
 
 
 def _check_base(view: Path, base: Base) -> None:

@@ -227,11 +227,15 @@ class Engine(Protocol):
         """
         ...
 
-    async def load(self, handle: AdapterHandle) -> EffectReport | None:
-        """Bring an adapter close to the device before anyone asks for it; return its effect, None for a mix.
+    async def load(self, handle: AdapterHandle) -> None:
+        """Bring an adapter close to the device before anyone asks for it.
 
         Raises AdapterLoadError, and OverloadedError when the engine is not running.
         """
+        ...
+
+    async def measure(self, handle: AdapterHandle) -> EffectReport | None:
+        """Load an adapter and say how much it changes the base; None for a mix. Raises what `load` raises."""
         ...
 
     async def unload(self, digest: str) -> bool:

@@ -57,7 +57,7 @@ async def load_adapter(ref: str, request: Request) -> AdapterEffect:
     """Load an adapter, measure what it does, probe it against the base, and keep the report."""
     service = get_service(request)
     handle = await asyncio.to_thread(_resolve, service, ref)
-    report = await service.engine.load(handle)
+    report = await service.engine.measure(handle)
     if report is None:
         raise RequestError(f"This engine does not measure adapters such as {ref!r}.", "Use `hub serve`.").at("ref")
     prompt = await service.tokenize(lambda tokenizer: text_token_ids(tokenizer, PROBE_PROMPT))

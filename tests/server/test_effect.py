@@ -55,9 +55,9 @@ def merged_weights(base: Base, view: Path) -> dict[str, Tensor]:
 
 
 def report_of(view: Path, base: Base, model: torch.nn.Module) -> EffectReport:
-    report = load_adapter(view, base, model).report
-    assert report is not None
-    return report
+    measure = load_adapter(view, base, model).measure
+    assert measure is not None
+    return measure()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +162,7 @@ async def test_a_probe_without_any_difference_is_an_error(base: Base, tmp_path: 
     view = write_adapter(tmp_path / "view", base, method="lora", as_view=True, strength=1e-12)
     async with running(base) as engine:
         handle = AdapterHandle.alone("d" * 64, lambda: view, "task@v1")
-        assert await engine.load(handle) is not None
+        assert await engine.measure(handle) is not None
         with pytest.raises(AdapterLoadError) as caught:
             await probe(engine, handle, probe_tokens(base))
     assert str(caught.value) == (

@@ -23,7 +23,7 @@ class FakeAdapter:
 
     name: str
     size_bytes: int
-    report: None = None
+    measure: None = None
 
 
 def expected_token(history: Sequence[int], adapter: str) -> int:
