@@ -74,22 +74,12 @@ def load_adapter(view: Path, base: Base, model: nn.Module) -> LoadedAdapter:
         if config.method is Method.ADALORA and config.rank_of(module) == 0:
             continue  # Pruning left nothing here.
         parts = {role: tensors[name] for role, name in _named(roles)}
-        layer = model.get_submodule(module)
         shared = None if projections is None else projections.views(*base.modules[module])
-        modules[module] = _build(config, module, parts, layer=layer, shared=shared)
+        modules[module] = _build(config, module, parts, layer=model.get_submodule(module), shared=shared)
         _check_finite(modules[module].tensors(), what=f"what {module!r} adds to the base")
     _check_effect(view, config, modules)
     size_bytes = sum(_own_bytes(weights, projections) for weights in modules.values())
-    measure = partial(
-        measure_effect,
-        config.method,
-        modules,
-        scales={module: _scale_of(config, module) for module in modules},
-        model=model,
-        unmatched_targets=config.unmatched_targets(base.modules),
-        num_linears=len(base.modules),
-        num_pruned=len(names) - len(modules),
-    )
+    measure = partial(_measure, config, modules, base=base, model=model, num_pruned=len(names) - len(modules))
     return LoadedAdapter(base.digest, (config.method,), modules, size_bytes, projections, measure)
 
 
@@ -190,8 +180,19 @@ def _row_norms(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (squares + 2 * cross + own).clamp_min(0).sqrt()
 
 
-def _scale_of(config: AdapterConfig, module: str) -> float | None:
-    return None if config.method in (Method.IA3, Method.VERA) else config.scale_of(module)
+def _measure(
+    config: AdapterConfig, modules: Mapping[str, SlotWeights], *, base: Base, model: nn.Module, num_pruned: int
+) -> EffectReport:
+    has_scale = config.method not in (Method.IA3, Method.VERA)
+    return measure_effect(
+        config.method,
+        modules,
+        scales={module: config.scale_of(module) if has_scale else None for module in modules},
+        model=model,
+        unmatched_targets=config.unmatched_targets(base.modules),
+        num_linears=len(base.modules),
+        num_pruned=num_pruned,
+    )
 
 
 def _own_bytes(weights: SlotWeights, projections: Projections | None) -> int:
