@@ -120,16 +120,27 @@ class NativeEngine:
             )
         if self._loop is None or not self.status().is_ready:
             raise OverloadedError("The engine is not running.", "Send the request again later.")
-        waiting = [track for track in self._open if not track.sequence.block_ids]
-        num_waiting_tokens = sum(len(track.request.prompt_token_ids) for track in waiting)
-        limits = self._limits
-        if len(waiting) >= limits.max_waiting or num_waiting_tokens >= limits.max_waiting_tokens:
-            raise OverloadedError(
-                f"The queue is full: {len(waiting)} requests with {num_waiting_tokens} prompt tokens wait; "
-                f"at most {limits.max_waiting} requests and {limits.max_waiting_tokens} tokens may.",
-                f"Send the request again in {self.status().retry_after_s} s.",
-            )
+        self._check_queue(request.tenant)
         return self._loop
+
+    def _check_queue(self, tenant: str) -> None:
+        """Refuse when the queue is full, but for a tenant that has less than an equal share of its places."""
+        limits = self._limits
+        waiting = [track.request for track in self._open if not track.sequence.block_ids]
+        num_tokens = sum(len(one.prompt_token_ids) for one in waiting)
+        if len(waiting) < limits.max_waiting and num_tokens < limits.max_waiting_tokens:
+            return
+        own = [one for one in waiting if one.tenant == tenant]
+        num_own_tokens = sum(len(one.prompt_token_ids) for one in own)
+        num_tenants = len({tenant, *(one.tenant for one in waiting)})
+        has_place = len(own) * num_tenants < limits.max_waiting
+        if has_place and num_own_tokens * num_tenants < limits.max_waiting_tokens:
+            return
+        raise OverloadedError(
+            f"The queue is full: {len(waiting)} requests with {num_tokens} prompt tokens wait; "
+            f"at most {limits.max_waiting} requests and {limits.max_waiting_tokens} tokens may.",
+            f"Send the request again in {self.status().retry_after_s} s.",
+        )
 
     def on_loaded(self, handle: AdapterHandle, outcome: Future[Any], *, load_s: float) -> None:
         """Pass the outcome of a load on to the step thread."""

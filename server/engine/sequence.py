@@ -16,10 +16,11 @@ class Limits:
 
     max_sequences: rows of one step. max_step_tokens: tokens of one step; a CPU computes about this many per second with
     a model of 135 million parameters, so a long prompt delays the others' next token by at most that. max_waiting and
-    max_waiting_tokens: beyond this the queue is full. ageing_steps: a sequence that has waited so many steps more gains
-    one level of priority. lead_tokens: an adapter in a slot may be served so many tokens more than one that waits for a
-    slot, so that requests of one adapter run together. prefix_cache: reuse computed blocks. host_adapter_mib: memory of
-    adapters that are in no slot. load_timeout_s: a load that takes longer fails.
+    max_waiting_tokens: beyond this the queue is full for tenants that have their share of it. ageing_steps: a sequence
+    that has waited so many steps more gains one level of priority. lead_tokens: an adapter in a slot may be served so
+    many tokens more than one that waits for a slot, so that requests of one adapter run together. prefix_cache: reuse
+    computed blocks. host_adapter_mib: memory of adapters that are in no slot. load_timeout_s: a load that takes longer
+    fails.
     """
 
     max_sequences: int = 32

@@ -308,6 +308,27 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
             assert isinstance(events[-1], FinishEvent)
 
 
+async def test_a_queue_filled_by_one_tenant_takes_another_ones_share() -> None:
+    runner = FakeRunner()
+    runner.gate.clear()
+    async with running(runner, max_sequences=1, max_waiting=4) as engine:
+
+        def ask(name: str, tenant: str) -> asyncio.Task:
+            return asyncio.create_task(collect(engine, replace(request(name, max_tokens=1), tenant=tenant)))
+
+        tasks = [ask("0", "crowd")]
+        await until(lambda: engine.status().num_running == 1)
+        tasks += [ask(f"{idx}", "crowd") for idx in range(1, 5)]
+        await until(lambda: engine.status().num_waiting == 4)
+        tasks += [ask("5", "other"), ask("6", "other")]
+        await until(lambda: engine.status().num_waiting == 6)
+        for tenant in ("crowd", "other"):
+            with pytest.raises(OverloadedError, match="The queue is full: 6 requests"):
+                await ask("more", tenant)
+        runner.gate.set()
+        assert all(isinstance(events[-1], FinishEvent) for events in await asyncio.gather(*tasks))
+
+
 async def test_the_queue_is_bounded_by_tokens_too() -> None:
     runner = FakeRunner()
     runner.gate.clear()

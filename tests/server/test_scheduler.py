@@ -181,6 +181,18 @@ def test_no_slot_is_filled_ahead_at_the_cost_of_one_that_is_asked_for() -> None:
     assert plan.writes == ()
 
 
+def test_an_adapter_that_is_asked_for_keeps_its_slot_if_another_can_give_way() -> None:
+    bench = Bench(slots=2, max_sequences=1)
+    for name, digest in (("1", "often"), ("2", "often"), ("3", "asked")):
+        sequence = bench.add(name, digest=digest)
+        bench.step()
+        bench.scheduler.finish(sequence)
+    bench.add("next", digest="new", priority=-1)
+    bench.add("last", digest="asked")
+    bench.step()
+    assert sorted(bench.slots.digests()) == ["asked", "new"]
+
+
 def test_slow_loads_do_not_keep_others_from_being_asked_for() -> None:
     bench = Bench(slots=2)
     for name in "abcd":
