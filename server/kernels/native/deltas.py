@@ -17,47 +17,64 @@ from adapterhub.errors import SettingsError
 from server.kernels.base import Kernel, Member, Segments, SlotWeights
 from server.kernels.cpu import scale_inputs
 from server.kernels.native.library import Library, find_library
+from server.kernels.native.weights import Upcoming
 
 __all__ = ["build_kernel"]
 
 _NUM_FIELDS = 11  # Numbers of one slot_weights in adapters.c.
 
 
-class _Table:
-    """The slots of one group as adapters.c reads them. kept: every tensor an address points into."""
+class _Place:
+    """One slot at one member, as the numbers adapters.c reads. kept: every tensor an address points into."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.slots = [list(member.slots) for member in members]
+    def __init__(self, weights: SlotWeights | None) -> None:
+        self.weights = weights
+        self.rank = self.num_experts = 0
         self.kept: list[Tensor] = []
-        rows = [self._row(column[slot]) for slot in range(len(self.slots[0])) for column in self.slots]
-        self.fields = torch.tensor(rows, dtype=torch.int64)
-        self.columns = torch.tensor([[member.start, member.width] for member in members], dtype=torch.int64)
-        self.max_rank = max((row[7] for row in rows), default=0)
-        experts = [one.expert_of_rank for column in self.slots for one in column if one is not None]
-        self.num_experts = max((int(one.max()) + 1 for one in experts if one is not None and one.numel()), default=0)
+        self.numbers = [0] * _NUM_FIELDS if weights is None else self._numbers(weights)
 
-    def is_current(self, members: Sequence[Member]) -> bool:
-        """Tell whether every slot still holds the same object."""
-        return all(member.slots == column for member, column in zip(members, self.slots, strict=True))
-
-    def _row(self, weights: SlotWeights | None) -> list[int]:
-        if weights is None:
-            return [0] * _NUM_FIELDS
-        a, b, rank = weights.a, weights.b, 0
+    def _numbers(self, weights: SlotWeights) -> list[int]:
+        a, b, strides = weights.a, weights.b, (0, 0)
         if a is not None and b is not None and a.shape[0]:
-            rank = a.shape[0]
             a = a if a.stride(1) == 1 else a.contiguous()
             b = b if b.stride(0) == 1 else b.t().contiguous().t()
+            self.rank, strides = a.shape[0], (a.stride(0), b.stride(1))
         scales = (weights.rank_scale, weights.delta_scale, weights.out_scale, weights.out_shift)
         diagonals = [None if one is None else one.contiguous() for one in (*scales, weights.expert_of_rank)]
-        strides = [a.stride(0), b.stride(1)] if rank and a is not None and b is not None else [0, 0]
-        return [*(self._address(one) for one in (a, b, *diagonals)), rank, *strides, 1]
+        experts = weights.expert_of_rank
+        self.num_experts = 0 if experts is None or not experts.numel() else int(experts.max()) + 1
+        return [*(self._address(one) for one in (a, b, *diagonals)), self.rank, *strides, 1]
 
     def _address(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
         self.kept.append(tensor)
         return tensor.data_ptr()
+
+
+class _Table:
+    """The slots of one group, a row of numbers per slot and member."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._slots: list[list[SlotWeights | None]] = [[None] * len(member.slots) for member in members]
+        self._places = [[_Place(None) for _ in member.slots] for member in members]
+        self.fields = torch.zeros(len(members[0].slots), len(members), _NUM_FIELDS, dtype=torch.int64)
+        self.columns = torch.tensor([[member.start, member.width] for member in members], dtype=torch.int64)
+        self.max_rank = self.num_experts = 0
+
+    def update_(self, members: Sequence[Member]) -> None:
+        """Look up again what changed since the last call: slots that hold another object."""
+        if all(member.slots == column for member, column in zip(members, self._slots, strict=True)):
+            return
+        for index, (member, column) in enumerate(zip(members, self._slots, strict=True)):
+            for slot, weights in enumerate(member.slots):
+                if weights is not column[slot]:
+                    place = self._places[index][slot] = _Place(weights)
+                    self.fields[slot, index] = torch.tensor(place.numbers, dtype=torch.int64)
+                    column[slot] = weights
+        places = [place for column in self._places for place in column]
+        self.max_rank = max(place.rank for place in places)
+        self.num_experts = max(place.num_experts for place in places)
 
 
 class _Deltas:
@@ -73,11 +90,7 @@ class _Deltas:
         self, y: Tensor, x: Tensor, *, segments: Segments, members: Sequence[Member], gates: Tensor | None = None
     ) -> None:
         """Turn y (T, O_total) = W u + bias into the result, in place; x: (T, H) float32, gates: (T, K) float32."""
-        table = self._tables.get(members[0])
-        if table is None or not table.is_current(members):
-            table = self._tables[members[0]] = _Table(members)
-        if segments is not self._segments:
-            self._chunks, self._segments = _chunks(segments, self._library.chunk_tokens), segments
+        table = self._prepare(segments, members)
         x = x if x.stride(1) == 1 else x.contiguous()
         if gates is not None:  # Experts that no row names get ones; C would read past the end of the row.
             gates = functional.pad(gates, (0, max(0, table.num_experts - gates.shape[1])), value=1.0).contiguous()
@@ -98,6 +111,22 @@ class _Deltas:
             self._library.num_threads,
         )
 
+    def announce(self, *, segments: Segments, members: Sequence[Member]) -> Upcoming:
+        """Describe what the next call with these arguments reads; holds until a slot is written or the step ends."""
+        table = self._prepare(segments, members)
+        pointers = (table.fields.data_ptr(), table.columns.data_ptr(), self._chunks.data_ptr())
+        return Upcoming(pointers, self._chunks.shape[0], len(members))
+
+    def _prepare(self, segments: Segments, members: Sequence[Member]) -> _Table:
+        """Return the table of a group, up to date, and cut the step into chunks."""
+        table = self._tables.get(members[0])
+        if table is None:
+            table = self._tables[members[0]] = _Table(members)
+        table.update_(members)
+        if segments is not self._segments:
+            self._chunks, self._segments = _chunks(segments, self._library.chunk_tokens), segments
+        return table
+
 
 def build_kernel() -> Kernel:
     """Return a kernel; what it remembers belongs to it alone. Raises SettingsError where nothing can be compiled."""
@@ -106,7 +135,8 @@ def build_kernel() -> Kernel:
         raise SettingsError(
             "The kernel 'native' is not compiled here.", "Use 'cpu', or install the package ziglang on Linux."
         )
-    return Kernel("native", scale_inputs, _Deltas(library).apply_deltas_)
+    deltas = _Deltas(library)
+    return Kernel("native", scale_inputs, deltas.apply_deltas_, deltas.announce)
 
 
 def _chunks(segments: Segments, max_tokens: int) -> Tensor:
