@@ -29,7 +29,7 @@ from adapterhub.base.catalogue import pull_base
 from adapterhub.base.identity import Base
 from adapterhub.base.loading import load_model, load_tokenizer, use_threads
 from adapterhub.base.prompts import text_token_ids
-from adapterhub.errors import AdapterHubError, UserInputError
+from adapterhub.errors import AdapterHubError, JobFailedError, UserInputError
 from adapterhub.recipes import load_recipe
 from adapterhub.settings import Settings, load_settings
 from adapterhub.store import Store
@@ -132,7 +132,7 @@ def _measure_perplexity(base: Base, config: AccuracyConfig, settings: Settings) 
 
 
 def _train_missing(tasks: Sequence[str], base: Base, *, home: Path, settings: Settings) -> None:
-    """Train and publish what the store in `home` lacks, with the shipped recipes."""
+    """Train and publish what the store in `home` lacks, with the shipped recipes. Raises JobFailedError."""
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "assets").exists():
         (home / "assets").symlink_to(settings.assets_dir)
@@ -142,7 +142,11 @@ def _train_missing(tasks: Sequence[str], base: Base, *, home: Path, settings: Se
     environment = {**os.environ, "ADAPTERHUB_HOME": str(home), "ADAPTERHUB_BASE": str(base.folder)}
     for task in missing:
         print(f"training {task}", flush=True)
-        subprocess.run([hub, "train", "--task", task], env=environment, check=True)
+        if subprocess.run([hub, "train", "--task", task], env=environment, check=False).returncode:
+            raise JobFailedError(
+                f"`hub train --task {task}` failed; what it printed stands above.",
+                f"Start again, or leave it out with --tasks; what is trained stays in {str(home)!r}.",
+            )
 
 
 async def _answers(
