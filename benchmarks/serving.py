@@ -221,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=_RESULT)
     add_options(parser, ServingConfig)
     parsed = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # An exception, so that runs end too.
     try:
         config = check_options(parsed, ServingConfig)
         name = parsed.name or describe_revision()
