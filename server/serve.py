@@ -11,6 +11,7 @@ from typing import Literal
 
 from adapterhub.base.catalogue import find_base
 from adapterhub.settings import Settings
+from server.engine.sequence import Limits
 from server.http.run import bind, run, url_of
 
 __all__ = ["serve"]
@@ -25,6 +26,7 @@ def serve(
     preload: Sequence[str],
     kv_memory_mib: int,
     compute: Literal["float32", "int8"],
+    limits: Limits,
     drain_s: float,
     on_ready: Callable[[str], None],
 ) -> None:
@@ -44,7 +46,9 @@ def serve(
         with Store.open(settings.store_dir) as store:
             names = AdapterNames(store, base)
             handles = [handle for name in preload if (handle := names.resolve(name).handle) is not None]
-            engine = build_engine(base, num_slots=num_slots, kv_memory_mib=kv_memory_mib, compute=compute)
+            engine = build_engine(
+                base, num_slots=num_slots, kv_memory_mib=kv_memory_mib, compute=compute, limits=limits
+            )
             app = create_app(engine, store, base, load_tokenizer(base))
             asyncio.run(
                 run(app, listener, preload=handles, drain_s=drain_s, on_ready=lambda: on_ready(url_of(listener)))

@@ -26,6 +26,13 @@ def serve(
         typer.Option(help="float32 multiplies with the base's values; int8 rounds them and is faster."),
     ] = "float32",
     kv_memory_mib: Annotated[int, typer.Option(min=1, help="Memory for keys and values, MiB.")] = 1024,
+    host_adapter_mib: Annotated[
+        int, typer.Option(min=0, help="Memory for adapters that are in no slot, MiB; they return without the disk.")
+    ] = 1024,
+    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Answers computed together in one step.")] = 32,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Reuse the computed beginning of prompts of the same adapter.")
+    ] = True,
     drain_s: Annotated[
         float, typer.Option(min=0, max=86400, help="Seconds that answers in flight get at shutdown.")
     ] = 30.0,
@@ -35,6 +42,7 @@ def serve(
     import sys
 
     from adapterhub.settings import load_settings
+    from server.engine.sequence import Limits
     from server.serve import serve as serve_base
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -46,6 +54,7 @@ def serve(
         preload=[name.strip() for name in (preload or "").split(",") if name.strip()],
         kv_memory_mib=kv_memory_mib,
         compute=compute,
+        limits=Limits(max_sequences=max_batch, prefix_cache=prefix_cache, host_adapter_mib=host_adapter_mib),
         drain_s=drain_s,
         on_ready=typer.echo,
     )

@@ -11,7 +11,7 @@ from adapterhub.base.loading import load_model, load_tokenizer
 from adapterhub.errors import UserInputError
 from server.engine.engine import NativeEngine
 from server.engine.runner import Runner
-from server.engine.scheduler import Limits
+from server.engine.sequence import Limits
 from server.products import Compute
 
 __all__ = ["block_bytes", "build_engine", "num_blocks_within"]
@@ -33,9 +33,7 @@ def build_engine(
     limits = limits or Limits()
     model = load_model(base)
     num_blocks = num_blocks_within(kv_memory_mib, model.config, base, limits)
-    runner = Runner(
-        model, base, num_slots=num_slots, num_blocks=num_blocks, block_size=_BLOCK_TOKENS, compute=compute
-    )
+    runner = Runner(model, base, num_slots=num_slots, num_blocks=num_blocks, block_size=_BLOCK_TOKENS, compute=compute)
     _log.info(
         "base %s (%s, %s), computed in %s: %d slots; keys and values of %d tokens in %.0f MiB",
         base.name,

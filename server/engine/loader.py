@@ -25,7 +25,7 @@ from adapterhub.peft_format import AdapterConfig, ModuleTensors, TensorInfo, map
 from adapterhub.records import EffectReport, Method
 from server.engine.effect import measure_effect, row_terms
 from server.engine.projections import Projections, resident_projections
-from server.kernels import SlotWeights
+from server.kernels import SlotWeights, by_columns
 from server.layers import serving_bias, serving_weight
 
 __all__ = ["LoadedAdapter", "load_adapter"]
@@ -43,7 +43,8 @@ class LoadedAdapter:
 
     methods: one, or those of the members of a mix. modules: name of a linear -> what the adapter does there.
     size_bytes: its own tensors, without shared projections. projections: the VeRA projections it uses, kept alive here.
-    measure: says how much it changes the base, which takes as long as loading; None for mixes and experts.
+    measure: says how much it changes the base, which takes as long as loading; None for mixes and experts. num_experts:
+    columns of the gates its rows read; 0 for an adapter without experts.
     """
 
     base_digest: str
@@ -52,6 +53,7 @@ class LoadedAdapter:
     size_bytes: int
     projections: Projections | None = None
     measure: Callable[[], EffectReport] | None = None
+    num_experts: int = 0
 
 
 def load_adapter(view: Path, base: Base, model: nn.Module) -> LoadedAdapter:
@@ -149,9 +151,10 @@ def _build(
     method = config.method
     match method:
         case Method.LORA:
-            return SlotWeights(a=parts["a"], b=parts["b"] * config.scale_of(module))
+            return SlotWeights(a=parts["a"], b=by_columns(parts["b"] * config.scale_of(module)))
         case Method.ADALORA:
-            return SlotWeights(a=parts["a"], b=parts["b"] * (parts["e"].flatten() * config.scale_of(module)))
+            b = parts["b"] * (parts["e"].flatten() * config.scale_of(module))
+            return SlotWeights(a=parts["a"], b=by_columns(b))
         case Method.DORA:
             return _build_dora(parts["a"], parts["b"] * config.scale_of(module), parts["magnitude"], layer=layer)
         case Method.IA3:
@@ -171,6 +174,7 @@ def _build_dora(a: Tensor, b: Tensor, magnitude: Tensor, *, layer: nn.Module) ->
     norm = _row_norms(serving_weight(layer), a, b)
     out_scale = (magnitude.to(torch.float64) / norm).to(torch.float32)
     bias = serving_bias(layer)
+    b = by_columns(b)
     return SlotWeights(a=a, b=b, out_scale=out_scale, out_shift=None if bias is None else bias * (1 - out_scale))
 
 

@@ -21,7 +21,7 @@ from adapterhub.base import Base
 from adapterhub.errors import AdapterLoadError
 from server.engine.loader import LoadedAdapter, load_adapter
 from server.engine.types import MAX_STACKED_RANK
-from server.kernels import SlotWeights
+from server.kernels import SlotWeights, by_columns
 
 __all__ = ["load_experts", "load_mix"]
 
@@ -75,6 +75,7 @@ def _stack(members: Sequence[LoadedAdapter], weights: Sequence[float], *, are_ex
         methods=tuple(method for member in members for method in member.methods),
         modules=modules,
         size_bytes=sum(one.size_bytes for one in modules.values()),
+        num_experts=len(members) if are_experts else 0,
     )
 
 
@@ -99,7 +100,7 @@ def _stack_module(
     if are_experts:
         experts = torch.tensor([idx for idx, _ in members], device=a[0].device)
         expert_of_rank = experts.repeat_interleave(torch.tensor(ranks, device=a[0].device))
-    return SlotWeights(a=torch.cat(a), b=torch.cat(b, dim=1), expert_of_rank=expert_of_rank)
+    return SlotWeights(a=torch.cat(a), b=by_columns(torch.cat(b, dim=1)), expert_of_rank=expert_of_rank)
 
 
 def _folded_b(member: SlotWeights) -> Tensor:

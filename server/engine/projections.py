@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adapterhub.peft_format import SHARED_VERA_A, SHARED_VERA_B, AdapterConfig
+from server.kernels import by_columns
 
 __all__ = ["Projections", "resident_projections"]
 
@@ -29,7 +30,7 @@ class Projections:
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         self.a = a
-        self.b = b
+        self.b = by_columns(b)
         self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def views(self, num_out: int, num_in: int) -> tuple[Tensor, Tensor]:

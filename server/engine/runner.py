@@ -180,7 +180,8 @@ class Runner:
         last = [0] * len(rows)
         for idx, end in zip(order, ends, strict=True):
             last[idx] = end - 1
-        context = StepContext(_segments(ordered), AttentionStep(self._kv, spans), _gates(ordered))
+        num_experts = max((self._num_experts(row.slot) for row in rows), default=0)
+        context = StepContext(_segments(ordered), AttentionStep(self._kv, spans), _gates(ordered, num_experts))
         return self._forward(ordered, context, last=last)
 
     def _prepare_thread(self) -> None:
@@ -219,6 +220,10 @@ class Runner:
             )
         return [probe.shapes[idx] for idx in range(num_layers)]
 
+    def _num_experts(self, slot: int) -> int:
+        adapter = None if slot < 0 else self._resident[slot]
+        return 0 if adapter is None else adapter.num_experts
+
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise EngineStateError(f"There is no slot {slot}.", f"Slots are 0 to {self.num_slots - 1}.")
@@ -234,6 +239,12 @@ class Runner:
                 f"A row with {len(row.token_ids)} tokens from position {row.start} has {len(row.block_ids)} blocks.",
                 f"It needs at least one token and {needed} blocks of {self.block_size} tokens.",
             )
+        num_layers = int(self.model.config.get_text_config().num_hidden_layers)
+        if row.gates is not None and (row.gates.dim() != 3 or row.gates.shape[:2] != (len(row.token_ids), num_layers)):
+            raise EngineStateError(
+                f"A row with {len(row.token_ids)} tokens has gates of shape {tuple(row.gates.shape)}.",
+                f"Gates are (tokens, {num_layers} layers, experts).",
+            )
         if not all(0 <= block < self.num_blocks for block in row.block_ids):
             raise EngineStateError(f"A row uses blocks {row.block_ids}.", f"Blocks are 0 to {self.num_blocks - 1}.")
 
@@ -248,13 +259,17 @@ def _segments(rows: Sequence[StepRow]) -> Segments | None:
     return Segments(tuple(slot for slot, _ in sizes), tuple(size for _, size in sizes))
 
 
-def _gates(rows: Sequence[StepRow]) -> Tensor | None:
-    """Join the gates of all rows, (T, L, K); rows without gates, and experts a row does not have, get ones."""
+def _gates(rows: Sequence[StepRow], num_experts: int) -> Tensor | None:
+    """Join the gates of all rows, (T, L, K) float32; rows without gates, and experts a row does not name, get ones.
+
+    num_experts: the most experts of a slot of the step.
+    """
     given = [row.gates for row in rows if row.gates is not None]
     if not given:
         return None
-    num_layers, num_experts = given[0].shape[1], max(gates.shape[2] for gates in given)
-    joined = given[0].new_ones(sum(len(row.token_ids) for row in rows), num_layers, num_experts)
+    widest = max(num_experts, *(gates.shape[2] for gates in given))
+    num_tokens = sum(len(row.token_ids) for row in rows)
+    joined = torch.ones(num_tokens, given[0].shape[1], widest, device=given[0].device)
     start = 0
     for row in rows:
         if row.gates is not None:

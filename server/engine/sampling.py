@@ -164,7 +164,7 @@ def _apply_rules_(logits: Tensor, draws: Sequence[Draw]) -> dict[int, AdapterHub
         if draw.matcher is None:
             continue
         try:
-            allowed = torch.from_numpy(draw.matcher.allowed()).to(logits.device)
+            allowed = torch.from_numpy(draw.matcher.allowed()[: logits.shape[1]]).to(logits.device)
         except AdapterHubError as error:
             stuck[row] = error
         else:

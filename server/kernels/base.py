@@ -32,7 +32,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Kernel", "Member", "Segments", "SlotWeights"]
+__all__ = ["Kernel", "Member", "Segments", "SlotWeights", "by_columns"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,8 +41,8 @@ class SlotWeights:
 
     a: (R, H); b: (O, R); rank_scale: (R,); delta_scale, out_scale, out_shift: (O,); in_scale: (H,); all in the dtype
     of the activations. out_shift is added at the end: it takes back what out_scale did to the bias of the base layer
-    for methods that leave the bias alone. expert_of_rank: (R,) int64, the column of the gates each rank component is
-    multiplied by; None for a slot without experts.
+    for methods that leave the bias alone. b is read fastest as `by_columns` gives it. expert_of_rank: (R,) int64, the
+    column of the gates each rank component is multiplied by; None for a slot without experts.
     """
 
     a: Tensor | None = None
@@ -64,6 +64,11 @@ class SlotWeights:
         scales = (self.rank_scale, self.delta_scale, self.out_scale, self.out_shift, self.in_scale)
         fields = (self.a, self.b, *scales, self.expert_of_rank)
         return [tensor for tensor in fields if tensor is not None]
+
+
+def by_columns(b: Tensor) -> Tensor:
+    """Return b (O, R) with each column in one piece of memory, as kernels read it; b itself when it is so already."""
+    return b if b.stride(0) == 1 else b.t().contiguous().t()
 
 
 @dataclass(frozen=True, slots=True)

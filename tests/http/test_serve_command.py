@@ -22,6 +22,7 @@ from adapterhub.errors import AdapterLoadError, AdapterNotFoundError, PortInUseE
 from adapterhub.settings import load_settings
 from adapterhub.store import Store
 from server.engine.build import build_engine
+from server.engine.sequence import Limits
 from server.engine.types import AdapterHandle
 from server.http import create_app
 from server.http.run import bind, run, url_of
@@ -48,7 +49,8 @@ def _serving(home: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str],
         finally:
             process.kill()
             process.wait()
-            process.stdout.close()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def _fail(home: Path, *options: str) -> tuple[int, str]:
@@ -212,6 +214,7 @@ def test_a_preload_that_does_not_exist_is_refused_before_the_model_loads(lab, tm
             preload=["nothing"],
             kv_memory_mib=8,
             compute="float32",
+            limits=Limits(),
             drain_s=1,
             on_ready=lambda _: None,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapterhub.errors import SettingsError
-from server.kernels.base import Kernel, Member, Segments, SlotWeights
+from server.kernels.base import Kernel, Member, Segments, SlotWeights, by_columns
 from server.kernels.cpu import scale_inputs
 from server.kernels.native.library import Library, find_library
 from server.kernels.native.weights import Upcoming
@@ -37,7 +37,7 @@ class _Place:
         a, b, strides = weights.a, weights.b, (0, 0)
         if a is not None and b is not None and a.shape[0]:
             a = a if a.stride(1) == 1 else a.contiguous()
-            b = b if b.stride(0) == 1 else b.t().contiguous().t()
+            b = by_columns(b)
             self.rank, strides = a.shape[0], (a.stride(0), b.stride(1))
         scales = (weights.rank_scale, weights.delta_scale, weights.out_scale, weights.out_shift)
         diagonals = [None if one is None else one.contiguous() for one in (*scales, weights.expert_of_rank)]
