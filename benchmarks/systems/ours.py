@@ -7,9 +7,8 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
 from importlib import metadata
-from inspect import signature
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 from adapterhub.base.identity import Base, describe_base
 from adapterhub.base.loading import use_threads
@@ -31,9 +30,8 @@ from server.engine.types import (
 from server.http.adapters import AdapterNames
 from server.products import Compute
 
-__all__ = ["IGNORE_EOS", "KV_MEMORY_MIB", "answer", "base_of", "handles_of", "run", "running_engine"]
+__all__ = ["KV_MEMORY_MIB", "answer", "base_of", "handles_of", "run", "running_engine"]
 
-IGNORE_EOS: dict[str, Any] = {"ignore_eos": True} if "ignore_eos" in signature(SamplingParams).parameters else {}
 KV_MEMORY_MIB = 512  # Holds sixteen requests of 250 tokens five times over; vLLM gets 1 GiB, its smallest.
 
 
@@ -133,7 +131,7 @@ async def answer(
     clock: Callable[[], float] = time.perf_counter,
 ) -> RequestTimes:
     """Generate exactly `num_tokens` greedy tokens and note when they came. Raises what the engine reports."""
-    sampling = SamplingParams(max_tokens=num_tokens, **IGNORE_EOS)
+    sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     asked = GenerateRequest(
         request_id=request_id, prompt_token_ids=request.prompt_token_ids, adapter=handle, sampling=sampling
     )

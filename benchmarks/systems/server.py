@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from benchmarks.systems.job import RequestTimes
-from benchmarks.systems.ours import IGNORE_EOS, KV_MEMORY_MIB
+from benchmarks.systems.ours import KV_MEMORY_MIB
 
 __all__ = ["StreamedAnswer", "running_server", "stream_answer"]
 
@@ -67,7 +67,7 @@ async def stream_answer(
         "max_tokens": num_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
-        **IGNORE_EOS,
+        "ignore_eos": True,
     }
     sent = first = last = time.perf_counter()
     text, num_received = "", 0

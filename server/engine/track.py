@@ -43,7 +43,7 @@ class Track:
         )
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.started_s = time.monotonic()
-        self._stop_ids = stop_ids
+        self._stop_ids = () if request.sampling.ignore_eos else stop_ids
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopFilter(request.sampling.stop)
         self._num_tokens = 0

@@ -56,7 +56,8 @@ class SamplingParams:
     divides what speaks for a token of the prompt or the answer, 1 for none. presence_penalty, frequency_penalty: taken
     from the logit of a token of the answer, once and per occurrence. seed: any text; None draws a fresh one. stop:
     strings that end the answer and are not part of it. logprobs: None for none, otherwise the number of alternatives
-    reported beside each chosen token. output: None for free text.
+    reported beside each chosen token. output: None for free text. ignore_eos: go on after the token that ends an
+    answer, up to max_tokens; for measurements.
     """
 
     max_tokens: int
@@ -71,6 +72,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     output: OutputRule | None = None
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ class GenerationBody(Body):
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1 by default, as OpenAI has it.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, description="Draw from so many best tokens; 0 is all, the default.")
+    ignore_eos: bool | None = Field(None, description="Go on after the token that ends an answer; for measurements.")
     min_p: float | None = Field(None, ge=0, le=1, description="Smallest share of the best token's probability.")
     repetition_penalty: float | None = Field(None, gt=0, le=_MAX_REPETITION, description="1 is none, the default.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -138,6 +139,10 @@ class GenerationBody(Body):
             raise RequestError("'response_format' and 'structured_outputs' are both set.", "Send one of them.").at(
                 "structured_outputs"
             )
+        if self.ignore_eos and self.output_rule is not None:
+            raise RequestError(
+                f"'ignore_eos' is true, but {self.output_field!r} says where the answer ends.", "Send one of them."
+            ).at("ignore_eos")
         return self
 
     @property
@@ -184,6 +189,7 @@ class GenerationBody(Body):
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
             min_p=self.min_p or 0.0,
+            ignore_eos=self.ignore_eos or False,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,

@@ -222,7 +222,8 @@ def test_every_field_reaches_the_engine(lab, serve) -> None:
         client.post("/v1/completions", json=body | {"structured_outputs": {"json": schema}})
         client.post("/v1/completions", json={"prompt": "x", "response_format": {"type": "json_object"}})
         client.post("/v1/completions", json={"prompt": "x", "top_k": None, "priority": None})
-    full, form, bare = engine.seen
+        client.post("/v1/completions", json={"prompt": "x", "ignore_eos": True})
+    full, form, bare, endless = engine.seen
     rule = OutputRule("json_schema", '{"b":{},"a":{"é":1}}')  # In the order of the schema: answers follow it.
     rest = {"max_tokens": 3, "seed": "4:0:0", "stop": ("z",), "logprobs": 2, "output": rule}
     assert full.sampling == SamplingParams(**cuts, **penalties, **rest)
@@ -230,6 +231,7 @@ def test_every_field_reaches_the_engine(lab, serve) -> None:
     assert form.sampling == SamplingParams(max_tokens=16, temperature=1.0, output=OutputRule("json_object"))
     assert bare.sampling == SamplingParams(max_tokens=16, temperature=1.0)
     assert bare.priority == 0
+    assert endless.sampling == SamplingParams(max_tokens=16, temperature=1.0, ignore_eos=True)
 
 
 def test_messages_may_have_text_parts_and_come_back_as_the_client_got_them(client: httpx.Client) -> None:

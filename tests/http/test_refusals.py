@@ -300,6 +300,11 @@ SCHEMA = {"name": "part", "schema": {"type": "object"}, "strict": True}
             "Unknown field 'schema'. Supported: type.",
         ),
         (
+            {"ignore_eos": True, "response_format": {"type": "json_object"}},
+            "ignore_eos",
+            "'ignore_eos' is true, but 'response_format' says where the answer ends. Send one of them.",
+        ),
+        (
             {"structured_outputs": {}},
             "structured_outputs",
             "'structured_outputs' has neither 'regex' nor 'json'. Send one of them.",

@@ -3,6 +3,8 @@
    For token t of a chunk that uses slot z:
        y[t] = out_scale * (y[t] + delta_scale * (B ((A x[t]) * rank_scale * gate[t]))) + out_shift
    at each slot's own rank. Source of batching by segments: Punica, https://arxiv.org/abs/2310.18547. */
+#include <stdlib.h>
+
 #include "segments.h"
 
 #define CHUNK_TOKENS 8
@@ -10,19 +12,24 @@
 #define SPAN 4 /* vectors of outputs that one pass of the expansion holds */
 #define AHEAD 4 /* rows of B to ask for before they are needed: they lie a stride apart, where no prefetcher follows */
 
+/* Tokens that read the same A and B: those of one slot, or of slots that share them. */
+typedef struct {
+    int64_t num_tokens, slots[CHUNK_TOKENS], tokens[CHUNK_TOKENS];
+} batch;
+
 typedef struct {
     float *y;
     const float *x, *gates;
     const slot_weights *slots; /* [slot][member] */
     const member *members;
-    const chunk *chunks;
+    const batch *batches;
     int64_t num_members, num_in, y_stride, x_stride, num_experts, max_rank;
 } deltas;
 
-/* v[t] = A x[t] for two tokens (or one) and SHRINK_RANKS rows of A (or fewer); every sum runs over its inputs in order. */
+/* v[t] = A x[t] for TOKENS tokens and RANKS rows of A; every sum runs over its inputs in order. */
 #define SHRINK(RANKS, TOKENS)                                                                                         \
-    static void shrink_##RANKS##_##TOKENS(float *v, int64_t v_stride, const float *a, int64_t a_stride, const float *x, \
-                                          int64_t x_stride, int64_t num_in) {                                        \
+    static void shrink_##RANKS##_##TOKENS(float *v, int64_t v_stride, const float *a, int64_t a_stride,              \
+                                          const float *const *x, int64_t num_in) {                                   \
         vec sums[RANKS][TOKENS];                                                                                      \
         for (int r = 0; r < RANKS; r++)                                                                               \
             for (int t = 0; t < TOKENS; t++) sums[r][t] = splat(0);                                                   \
@@ -30,45 +37,45 @@ typedef struct {
         for (; k + LANES <= num_in; k += LANES)                                                                       \
             for (int r = 0; r < RANKS; r++) {                                                                         \
                 vec row = load(a + r * a_stride + k);                                                                 \
-                for (int t = 0; t < TOKENS; t++) sums[r][t] += row * load(x + t * x_stride + k);                      \
+                for (int t = 0; t < TOKENS; t++) sums[r][t] += row * load(x[t] + k);                                  \
             }                                                                                                         \
         for (int r = 0; r < RANKS; r++)                                                                               \
             for (int t = 0; t < TOKENS; t++) {                                                                        \
                 float sum = lane_sum(sums[r][t]);                                                                     \
-                for (int64_t i = k; i < num_in; i++) sum += a[r * a_stride + i] * x[t * x_stride + i];                \
+                for (int64_t i = k; i < num_in; i++) sum += a[r * a_stride + i] * x[t][i];                            \
                 v[t * v_stride + r] = sum;                                                                            \
             }                                                                                                         \
     }
-SHRINK(4, 2)
+SHRINK(4, 4)
 SHRINK(4, 1)
 SHRINK(8, 1)
 SHRINK(1, 1)
 
-static void shrink(float *v, const deltas *d, const slot_weights *w, int64_t first, int64_t num_tokens) {
-    for (int64_t t = 0; t < num_tokens; t += 2) {
-        int pair = t + 1 < num_tokens;
-        const float *x = d->x + (first + t) * d->x_stride;
-        float *to = v + t * d->max_rank;
-        int64_t r = 0;
-        for (; !pair && r + 8 <= w->rank; r += 8)
-            shrink_8_1(to + r, d->max_rank, w->a + r * w->a_stride, w->a_stride, x, d->x_stride, d->num_in);
-        for (; r + SHRINK_RANKS <= w->rank; r += SHRINK_RANKS)
-            (pair ? shrink_4_2 : shrink_4_1)(to + r, d->max_rank, w->a + r * w->a_stride, w->a_stride, x, d->x_stride,
-                                             d->num_in);
-        for (; r < w->rank; r++)
-            for (int i = 0; i <= pair; i++)
-                shrink_1_1(to + i * d->max_rank + r, d->max_rank, w->a + r * w->a_stride, w->a_stride,
-                           x + i * d->x_stride, d->x_stride, d->num_in);
+static void shrink(float *v, const deltas *d, const slot_weights *w, const batch *b) {
+    const float *x[CHUNK_TOKENS];
+    for (int64_t t = 0; t < b->num_tokens; t++) x[t] = d->x + b->tokens[t] * d->x_stride;
+    int64_t r = 0, num_fours = b->num_tokens / 4 * 4, stride = d->max_rank;
+    for (; r + SHRINK_RANKS <= w->rank; r += SHRINK_RANKS) {
+        const float *a = w->a + r * w->a_stride;
+        if (b->num_tokens == 1 && r + 2 * SHRINK_RANKS <= w->rank) {
+            shrink_8_1(v + r, stride, a, w->a_stride, x, d->num_in);
+            r += SHRINK_RANKS;
+            continue;
+        }
+        for (int64_t t = 0; t < num_fours; t += 4) shrink_4_4(v + t * stride + r, stride, a, w->a_stride, x + t, d->num_in);
+        for (int64_t t = num_fours; t < b->num_tokens; t++)
+            shrink_4_1(v + t * stride + r, stride, a, w->a_stride, x + t, d->num_in);
     }
+    for (; r < w->rank; r++)
+        for (int64_t t = 0; t < b->num_tokens; t++)
+            shrink_1_1(v + t * stride + r, stride, w->a + r * w->a_stride, w->a_stride, x + t, d->num_in);
 }
 
-static void scale_ranks(float *v, const deltas *d, const slot_weights *w, int64_t first, int64_t num_tokens) {
-    for (int64_t t = 0; t < num_tokens; t++)
-        for (int64_t r = 0; r < w->rank; r++) {
-            float *value = v + t * d->max_rank + r;
-            if (w->rank_scale) *value *= w->rank_scale[r];
-            if (w->expert_of_rank && d->gates) *value *= d->gates[(first + t) * d->num_experts + w->expert_of_rank[r]];
-        }
+static void scale_ranks(float *v, const deltas *d, const slot_weights *w, int64_t token) {
+    for (int64_t r = 0; r < w->rank; r++) {
+        if (w->rank_scale) v[r] *= w->rank_scale[r];
+        if (w->expert_of_rank && d->gates) v[r] *= d->gates[token * d->num_experts + w->expert_of_rank[r]];
+    }
 }
 
 /* Finish `count` outputs from column o on: y = out_scale * (y + delta_scale * delta) + out_shift. */
@@ -81,46 +88,87 @@ INLINE void finish(float *y, const float *delta, const slot_weights *w, int64_t 
     }
 }
 
-static void expand_span(float *y, const float *v, const slot_weights *w, int64_t o) {
-    vec sums[SPAN];
-    for (int s = 0; s < SPAN; s++) sums[s] = splat(0);
-    const float *b = w->b + o;
-    for (int64_t r = 0; r < w->rank; r++, b += w->b_stride) {
-        vec value = splat(v[r]);
-        for (int s = 0; s < SPAN; s++) {
-            __builtin_prefetch(b + AHEAD * w->b_stride + s * LANES);
-            sums[s] += load(b + s * LANES) * value;
+/* SPAN vectors of outputs from column o on, for TOKENS tokens. */
+#define EXPAND(TOKENS)                                                                                                \
+    static void expand_##TOKENS(float *const *y, const float *v, int64_t v_stride, const slot_weights *const *w,     \
+                                int64_t o) {                                                                          \
+        vec sums[TOKENS][SPAN];                                                                                       \
+        for (int t = 0; t < TOKENS; t++)                                                                              \
+            for (int s = 0; s < SPAN; s++) sums[t][s] = splat(0);                                                     \
+        const float *b = w[0]->b + o;                                                                                 \
+        for (int64_t r = 0; r < w[0]->rank; r++, b += w[0]->b_stride)                                                 \
+            for (int s = 0; s < SPAN; s++) {                                                                          \
+                __builtin_prefetch(b + AHEAD * w[0]->b_stride + s * LANES);                                           \
+                vec column = load(b + s * LANES);                                                                     \
+                for (int t = 0; t < TOKENS; t++) sums[t][s] += column * v[t * v_stride + r];                          \
+            }                                                                                                         \
+        for (int t = 0; t < TOKENS; t++) {                                                                            \
+            float delta[SPAN * LANES];                                                                                \
+            for (int s = 0; s < SPAN; s++) store(delta + s * LANES, sums[t][s]);                                      \
+            finish(y[t] + o, delta, w[t], o, SPAN * LANES);                                                           \
+        }                                                                                                             \
+    }
+EXPAND(4)
+EXPAND(1)
+
+static void expand(const deltas *d, const slot_weights *const *w, const member *m, const float *v, const batch *b) {
+    float *y[CHUNK_TOKENS];
+    for (int64_t t = 0; t < b->num_tokens; t++) y[t] = d->y + b->tokens[t] * d->y_stride + m->start;
+    int64_t o = 0, num_fours = b->num_tokens / 4 * 4, stride = d->max_rank;
+    for (; o + SPAN * LANES <= m->width; o += SPAN * LANES) {
+        for (int64_t t = 0; t < num_fours; t += 4) expand_4(y + t, v + t * stride, stride, w + t, o);
+        for (int64_t t = num_fours; t < b->num_tokens; t++) expand_1(y + t, v + t * stride, stride, w + t, o);
+    }
+    for (; o < m->width; o++)
+        for (int64_t t = 0; t < b->num_tokens; t++) {
+            float delta = 0;
+            for (int64_t r = 0; r < w[0]->rank; r++) delta += w[0]->b[r * w[0]->b_stride + o] * v[t * stride + r];
+            finish(y[t] + o, &delta, w[t], o, 1);
+        }
+}
+
+static void apply_batch(void *job, int64_t item) {
+    const deltas *d = job;
+    const batch *b = d->batches + item / d->num_members;
+    int64_t index = item % d->num_members;
+    const slot_weights *w[CHUNK_TOKENS];
+    for (int64_t t = 0; t < b->num_tokens; t++) w[t] = d->slots + b->slots[t] * d->num_members + index;
+    if (!w[0]->is_used) return;
+    float v[CHUNK_TOKENS * d->max_rank + 1];
+    shrink(v, d, w[0], b);
+    for (int64_t t = 0; t < b->num_tokens; t++) scale_ranks(v + t * d->max_rank, d, w[t], b->tokens[t]);
+    expand(d, w, d->members + index, v, b);
+}
+
+/* Whether the slots read the same projections everywhere: VeRA adapters of one key do. */
+static int share_projections(const deltas *d, int64_t one, int64_t other) {
+    const slot_weights *u = d->slots + one * d->num_members, *w = d->slots + other * d->num_members;
+    for (int64_t i = 0; i < d->num_members; i++)
+        if (u[i].a != w[i].a || u[i].b != w[i].b || u[i].rank != w[i].rank || u[i].is_used != w[i].is_used ||
+            !u[i].rank)
+            return 0;
+    return 1;
+}
+
+/* Put each chunk into a batch; chunks of slots that share projections fill one batch together. Returns how many. */
+static int64_t gather_batches(batch *batches, const deltas *d, const chunk *chunks, int64_t num_chunks) {
+    int64_t num_batches = 0;
+    for (int64_t c = 0; c < num_chunks; c++) {
+        batch *to = 0;
+        for (int64_t i = 0; i < num_batches && !to; i++)
+            if (batches[i].num_tokens + chunks[c].num_tokens <= CHUNK_TOKENS && batches[i].slots[0] != chunks[c].slot &&
+                share_projections(d, batches[i].slots[0], chunks[c].slot))
+                to = batches + i;
+        if (!to) {
+            to = batches + num_batches++;
+            to->num_tokens = 0;
+        }
+        for (int64_t t = 0; t < chunks[c].num_tokens; t++, to->num_tokens++) {
+            to->slots[to->num_tokens] = chunks[c].slot;
+            to->tokens[to->num_tokens] = chunks[c].first + t;
         }
     }
-    float delta[SPAN * LANES];
-    for (int s = 0; s < SPAN; s++) store(delta + s * LANES, sums[s]);
-    finish(y, delta, w, o, SPAN * LANES);
-}
-
-static void expand(const deltas *d, const slot_weights *w, const member *m, const float *v, int64_t first,
-                   int64_t num_tokens) {
-    int64_t o = 0;
-    for (; o + SPAN * LANES <= m->width; o += SPAN * LANES)
-        for (int64_t t = 0; t < num_tokens; t++)
-            expand_span(d->y + (first + t) * d->y_stride + m->start + o, v + t * d->max_rank, w, o);
-    for (; o < m->width; o++)
-        for (int64_t t = 0; t < num_tokens; t++) {
-            float delta = 0;
-            for (int64_t r = 0; r < w->rank; r++) delta += w->b[r * w->b_stride + o] * v[t * d->max_rank + r];
-            finish(d->y + (first + t) * d->y_stride + m->start + o, &delta, w, o, 1);
-        }
-}
-
-static void apply_chunk(void *job, int64_t item) {
-    const deltas *d = job;
-    const chunk *c = d->chunks + item / d->num_members;
-    int64_t index = item % d->num_members;
-    const slot_weights *w = d->slots + c->slot * d->num_members + index;
-    if (!w->is_used) return;
-    float v[CHUNK_TOKENS * d->max_rank + 1];
-    shrink(v, d, w, c->first, c->num_tokens);
-    if (w->rank_scale || w->expert_of_rank) scale_ranks(v, d, w, c->first, c->num_tokens);
-    expand(d, w, d->members + index, v, c->first, c->num_tokens);
+    return num_batches;
 }
 
 int64_t native_chunk_tokens(void) { return CHUNK_TOKENS; }
@@ -130,6 +178,8 @@ int64_t native_chunk_tokens(void) { return CHUNK_TOKENS; }
 void native_apply_deltas(float *y, const float *x, const float *gates, const void *slots, const void *members,
                          const void *chunks, int64_t num_chunks, int64_t num_members, int64_t num_in, int64_t y_stride,
                          int64_t x_stride, int64_t num_experts, int64_t max_rank, int num_threads) {
-    deltas d = {y, x, gates, slots, members, chunks, num_members, num_in, y_stride, x_stride, num_experts, max_rank};
-    run_items(apply_chunk, &d, num_chunks * num_members, num_threads);
+    batch *batches = malloc((size_t)num_chunks * sizeof(batch));
+    deltas d = {y, x, gates, slots, members, batches, num_members, num_in, y_stride, x_stride, num_experts, max_rank};
+    run_items(apply_batch, &d, gather_batches(batches, &d, chunks, num_chunks) * num_members, num_threads);
+    free(batches);
 }
