@@ -89,6 +89,7 @@ class Runner:
         self.num_slots = num_slots
         self.block_size = block_size
         self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self._num_layers = int(model.config.get_text_config().num_hidden_layers)
         self._device = model.device
         picked = pick_kernel(kernel, device=self._device.type)
         products = pick_products(compute, device=self._device.type)
@@ -212,13 +213,12 @@ class Runner:
         """Run one token without keys and values, and note what each attention layer would store."""
         probe = HeadShapeProbe()
         self._forward([StepRow((0,), 0, (), -1)], StepContext(None, probe), last=[0])
-        num_layers = int(self.model.config.get_text_config().num_hidden_layers)
-        if sorted(probe.shapes) != list(range(num_layers)):
+        if sorted(probe.shapes) != list(range(self._num_layers)):
             raise UserInputError(
-                f"{type(self.model).__name__} attends in {len(probe.shapes)} of its {num_layers} layers.",
+                f"{type(self.model).__name__} attends in {len(probe.shapes)} of its {self._num_layers} layers.",
                 "Serve a decoder model whose layers all use attention; recurrent layers have no paged state here.",
             )
-        return [probe.shapes[idx] for idx in range(num_layers)]
+        return [probe.shapes[idx] for idx in range(self._num_layers)]
 
     def _num_experts(self, slot: int) -> int:
         adapter = None if slot < 0 else self._resident[slot]
@@ -239,13 +239,12 @@ class Runner:
                 f"A row with {len(row.token_ids)} tokens from position {row.start} has {len(row.block_ids)} blocks.",
                 f"It needs at least one token and {needed} blocks of {self.block_size} tokens.",
             )
-        num_layers = int(self.model.config.get_text_config().num_hidden_layers)
-        if row.gates is not None and (row.gates.dim() != 3 or row.gates.shape[:2] != (len(row.token_ids), num_layers)):
+        if row.gates is not None and row.gates.shape[:-1] != (len(row.token_ids), self._num_layers):
             raise EngineStateError(
                 f"A row with {len(row.token_ids)} tokens has gates of shape {tuple(row.gates.shape)}.",
-                f"Gates are (tokens, {num_layers} layers, experts).",
+                f"Gates are (tokens, {self._num_layers} layers, experts).",
             )
-        if not all(0 <= block < self.num_blocks for block in row.block_ids):
+        if min(row.block_ids) < 0 or max(row.block_ids) >= self.num_blocks:
             raise EngineStateError(f"A row uses blocks {row.block_ids}.", f"Blocks are 0 to {self.num_blocks - 1}.")
 
 

@@ -78,6 +78,11 @@ def test_a_reused_slot_keeps_nothing_of_its_last_adapter(
             "A row with 1 tokens from position 8 has 2 blocks. It needs at least one token and 3 blocks of 4 tokens.",
         ),
         (StepRow((5,), 0, (16,), -1), "A row uses blocks (16,). Blocks are 0 to 15."),
+        (StepRow((5,), 0, (-1,), -1), "A row uses blocks (-1,). Blocks are 0 to 15."),
+        (
+            StepRow((5, 6), 0, (0,), -1, torch.ones(1, 2, 3)),
+            "A row with 2 tokens has gates of shape (1, 2, 3). Gates are (tokens, 2 layers, experts).",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(row: StepRow, message: str, runner: Runner) -> None:
