@@ -1,4 +1,4 @@
-"""The documents name things that exist: functions of the walks, commands, links, and the version in the changelog."""
+"""The documents name things that exist: functions, files, commands, options, links, and the version of the package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import adapterhub
 from adapterhub.cli import app
@@ -30,11 +31,44 @@ def names_in(path: Path) -> set[str]:
     return found
 
 
+def c_functions_in(path: Path) -> set[str]:
+    """Functions defined in a C source."""
+    return set(re.findall(r"^(?!#)\w[\w *]*?(\w+)\(", path.read_text(), flags=re.MULTILINE))
+
+
 def test_every_function_the_architecture_walks_through_exists() -> None:
-    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "ARCHITECTURE.md").read_text())
+    named = re.findall(r"`([\w/]+\.(?:py|c)):([\w.]+)`", (ROOT / "ARCHITECTURE.md").read_text())
     assert len(named) > 20
     for file, name in named:
-        assert name in names_in(ROOT / file), f"{file}:{name}"
+        found = names_in(ROOT / file) if file.endswith(".py") else c_functions_in(ROOT / file)
+        assert name in found, f"{file}:{name}"
+
+
+def test_the_architecture_names_every_file_of_the_engine_and_no_other() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    table = text.partition("The engine in files")[2].partition("\n\nThe kernel")[0]
+    named = re.findall(r"`(\w+\.py)`", table)
+    files = {path.name for path in (ROOT / "server" / "engine").glob("*.py")} - {"__init__.py"}
+    assert sorted(named) == sorted(files)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_of_ours_that_a_document_names_exists(document: Path) -> None:
+    named = re.findall(r"`((?:adapterhub|trainer|server|tests|benchmarks)/[\w/]+\.\w+)[:`]", document.read_text())
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert missing == []
+
+
+def words_in(text: str) -> list[str]:
+    """The words of a help text, whatever box it is drawn in."""
+    return re.sub(r"\x1b\[[\d;]*m|[─│╭╮╰╯]", " ", text).split()
+
+
+def test_the_help_of_serve_in_the_guide_is_what_the_command_prints() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    shown = guide.partition("$ hub serve --help\n")[2].partition("```")[0]
+    printed = CliRunner().invoke(app, ["serve", "--help"], prog_name="hub", env={"COLUMNS": "100"}).output
+    assert words_in(shown) == words_in(printed)
 
 
 def commands_in(text: str) -> list[list[str]]:
