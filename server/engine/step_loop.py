@@ -220,12 +220,12 @@ class StepLoop:
         with self._wake:
             while not (self._inbox or self._has_rows or self.is_stopping):
                 self._wake.wait()
-            messages = [self._inbox.popleft() for _ in range(len(self._inbox))]
+            num_messages = len(self._inbox)
             if self.is_stopping:
-                self._inbox.extend(messages)
                 return False
-        for message in messages:
-            self._handle(message)
+        for _ in range(num_messages):
+            self._handle(self._inbox[0])
+            self._inbox.popleft()  # Only now: should handling it fail, its sender hears of that at the end.
         return True
 
     def _handle(self, message: _Message) -> None:

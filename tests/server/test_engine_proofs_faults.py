@@ -30,7 +30,8 @@ from server.engine.types import (
     TokenEvent,
 )
 from tests.support.adapters import write_adapter
-from tests.support.engines import collect, until
+from tests.support.engines import BASE, TOKENIZER, collect, request, until
+from tests.support.fake_runner import FakeRunner
 from tests.support.rows import prompt
 from tests.support.tiny_models import build_base
 
@@ -160,6 +161,30 @@ async def _assert_nothing_is_held(engine: NativeEngine, ward: Ward) -> None:
     assert isinstance(events[-1], FinishEvent)
     assert [await engine.unload(digest) for digest in engine.resident()].count(False) == 0
     assert engine.resident() == []
+
+
+async def test_a_mistake_in_the_loop_leaves_no_sender_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bool:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("server.engine.residency.Residency.unload", broken)
+    runner = FakeRunner()
+    engine = NativeEngine(runner, TOKENIZER, BASE)
+    await engine.start()
+    async with asyncio.timeout(10):
+        runner.gate.clear()
+        running = asyncio.create_task(collect(engine, request("running")))
+        await until(lambda: engine.status().num_running == 1)
+        unload = asyncio.create_task(engine.unload("digest"))
+        await asyncio.sleep(0)  # The request comes after it, and both wait for the step to end.
+        waiting = asyncio.create_task(collect(engine, request("waiting")))
+        await until(lambda: engine.status().num_waiting == 1)
+        runner.gate.set()
+        assert not await unload
+        for events in await asyncio.gather(running, waiting):
+            assert isinstance(events[-1], ErrorEvent)
+            assert str(events[-1].error) == "The engine stopped: oops. Restart the server and report its log."
+    await engine.stop()
 
 
 def _scores(events: list[Event]) -> list[tuple[int, object]]:
