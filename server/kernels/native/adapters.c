@@ -80,6 +80,10 @@ static void scale_ranks(float *v, const deltas *d, const slot_weights *w, int64_
 
 /* Finish `count` outputs from column o on: y = out_scale * (y + delta_scale * delta) + out_shift. */
 INLINE void finish(float *y, const float *delta, const slot_weights *w, int64_t o, int64_t count) {
+    if (!w->delta_scale && !w->out_scale && !w->out_shift) {
+        for (int64_t i = 0; i < count; i++) y[i] += delta[i];
+        return;
+    }
     for (int64_t i = 0; i < count; i++) {
         float value = w->delta_scale ? y[i] + delta[i] * w->delta_scale[o + i] : y[i] + delta[i];
         if (w->out_scale) value *= w->out_scale[o + i];

@@ -5,13 +5,17 @@
 #define _GNU_SOURCE
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "common.h"
 
 #define MAX_THREADS 64
-#define WATCH_ROUNDS 4000 /* some 100 microseconds: longer than the pause between two products of a step */
+/* Some 100 microseconds of watching, then some 5 milliseconds of watching while others may have the core: a step has a
+   product every 0.2 milliseconds, and a sleeping virtual processor takes as long to wake as a product takes. */
+#define WATCH_ROUNDS 2000
+#define YIELD_ROUNDS 10000
 
 typedef struct {
     work_item work;
@@ -42,10 +46,13 @@ static void drain(loop *self) {
 }
 
 static uint32_t await_change(uint32_t seen) {
-    for (int round = 0; round < WATCH_ROUNDS; round++) {
+    for (int round = 0; round < WATCH_ROUNDS + YIELD_ROUNDS; round++) {
         uint32_t now = __atomic_load_n(&ticket, __ATOMIC_ACQUIRE);
         if (now != seen && now % 2) return now;
-        pause_briefly();
+        if (round < WATCH_ROUNDS)
+            pause_briefly();
+        else
+            sched_yield();
     }
     for (;;) {
         uint32_t now = __atomic_load_n(&ticket, __ATOMIC_SEQ_CST);
