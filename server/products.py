@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapterhub.errors import UserInputError
-from server.kernels.native import FloatWeight, Int8Weight, Library, PackedWeight, Upcoming, find_library
+from server.kernels.native import FloatWeight, Int8Weight, Library, PackedWeight, find_library
 
 __all__ = ["Compute", "PackedHead", "Product", "ProductBuilder", "linear_bias", "linear_weight", "pick_products"]
 
@@ -27,8 +27,8 @@ Compute = Literal["float32", "int8"]
 class Product(Protocol):
     """The product of one group of linears."""
 
-    def __call__(self, x: Tensor, upcoming: Upcoming | None = None) -> Tensor:
-        """Return a fresh x W^T + bias (T, O) for x (T, H) float32; upcoming: adapters that may be fetched meanwhile."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return a fresh x W^T + bias (T, O) for x (T, H) float32."""
         ...
 
     def weight(self) -> Tensor:
@@ -65,8 +65,8 @@ class _PackedProduct:
         self._packed = packed
         self._bias = bias
 
-    def __call__(self, x: Tensor, upcoming: Upcoming | None = None) -> Tensor:
-        return self._packed.product(x if x.stride(1) == 1 else x.contiguous(), self._bias, upcoming)
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._packed.product(x if x.stride(1) == 1 else x.contiguous(), self._bias)
 
     def weight(self) -> Tensor:
         return self._packed.unpacked()
@@ -77,8 +77,7 @@ class _TorchProduct:
         self._weight = torch.cat([linear_weight(layer) for layer in layers])
         self._bias = _joined_bias(layers)
 
-    def __call__(self, x: Tensor, upcoming: Upcoming | None = None) -> Tensor:
-        del upcoming
+    def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self._weight, self._bias)
 
     def weight(self) -> Tensor:
@@ -95,8 +94,7 @@ class _FourBitProduct:
             # bfloat16, so that serving and training see different values (bitsandbytes 0.50, nn/modules.py).
             setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010  # pyright sees only nn.Module here.
 
-    def __call__(self, x: Tensor, upcoming: Upcoming | None = None) -> Tensor:
-        del upcoming
+    def __call__(self, x: Tensor) -> Tensor:
         found = [layer(x) for layer in self._layers]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -101,11 +100,9 @@ class Kernel:
     scale_inputs(x, segments=, slots=) returns u (T, H) for one linear; x itself when no segment scales its input.
     apply_deltas_(y, x, segments=, members=, gates=None) turns y (T, O_total) = W u + bias into the result, in place.
     x: (T, H), not scaled; gates: (T, K) float32, ones when None. What a row gets does not depend on the order of the
-    segments: it is bit-identical under permutation. announce(segments=, members=) describes what apply_deltas_ will
-    read, for a product of the base that can fetch it meanwhile; None for a kernel that has nothing to say.
+    segments: it is bit-identical under permutation.
     """
 
     name: str
     scale_inputs: Callable[..., Tensor]
     apply_deltas_: Callable[..., None]
-    announce: Callable[..., Any] | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,8 +35,7 @@ class Counter:
         self.num_calls = 0
         self._inner = pick_products("float32", device="cpu")(layers)
 
-    def __call__(self, x: Tensor, upcoming: Any = None) -> Tensor:
-        del upcoming
+    def __call__(self, x: Tensor) -> Tensor:
         self.num_calls += 1
         return self._inner(x)
 

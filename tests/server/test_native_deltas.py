@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from server.kernels import Kernel, Member, Segments, SlotWeights, load_kernel
-from server.kernels.native import FloatWeight
 from tests.support.kernel_cases import Case, build_case, exact, largest_error, run_cases
 from tests.support.native import require_library
 
@@ -214,25 +213,3 @@ def test_what_one_kernel_remembers_is_not_what_another_does() -> None:
         group.kernel = kernel
         group.slots[0][0] = lora(24, 40, 5)
         group.check(segments)
-
-
-@pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("num_rows", [0, 1, 3, 4, 9, 40, 128, 129])
-def test_what_is_fetched_during_the_product_changes_no_bit(kernel: Kernel, num_rows: int, num_threads: int) -> None:
-    """Slots that repeat, are empty, lie in larger tensors, or have more ranks than the product has time for."""
-    torch.manual_seed(0)
-    group = Group(kernel, num_in=24, widths=(40, 170), num_slots=5)
-    weight = FloatWeight(torch.randn(210, 24), require_library())
-    wide = SlotWeights(a=torch.randn(9, 50)[:, :24], b=torch.randn(170, 9))
-    group.slots[0][:] = [lora(24, 40, 400), None, lora(24, 40, 0), SlotWeights(out_scale=torch.randn(40)), None]
-    group.slots[1][:] = [lora(24, 170, 3), None, None, lora(24, 170, 64), wide]
-    owners = tuple((idx * 7) % 6 - 1 for idx in range(num_rows))
-    segments = Segments(owners, (1,) * num_rows)
-    x = torch.randn(num_rows, 24)
-    assert kernel.announce is not None
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    found = weight.product(x, None, kernel.announce(segments=segments, members=group.members))
-    torch.set_num_threads(before)
-    assert torch.equal(found, weight.product(x, None))
-    group.check(segments)

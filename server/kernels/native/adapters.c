@@ -5,12 +5,27 @@
    at each slot's own rank. Source of batching by segments: Punica, https://arxiv.org/abs/2310.18547. */
 #include <stdlib.h>
 
-#include "segments.h"
+#include "common.h"
 
 #define CHUNK_TOKENS 8
 #define SHRINK_RANKS 4
 #define SPAN 4 /* vectors of outputs that one pass of the expansion holds */
 #define AHEAD 4 /* rows of B to ask for before they are needed: they lie a stride apart, where no prefetcher follows */
+
+typedef struct {
+    const float *a, *b; /* a: (rank, num_in), rows a_stride apart; b: (rank, width) transposed, rows b_stride apart */
+    const float *rank_scale, *delta_scale, *out_scale, *out_shift; /* null for ones or zeros */
+    const int64_t *expert_of_rank;
+    int64_t rank, a_stride, b_stride, is_used;
+} slot_weights;
+
+typedef struct {
+    int64_t start, width; /* columns of y */
+} member;
+
+typedef struct {
+    int64_t slot, first, num_tokens;
+} chunk;
 
 /* Tokens that read the same A and B: those of one slot, or of slots that share them. */
 typedef struct {

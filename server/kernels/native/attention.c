@@ -1,6 +1,7 @@
-/* Attention of rows with one new token each, over keys and values that lie in blocks: read in place, never gathered.
+/* Attention of tokens over keys and values that lie in blocks: read in place, never gathered.
 
-   Each row reads its own positions in order, so its result does not depend on the other rows.
+   Each token reads its own positions in order, so its result depends neither on the other tokens of the step nor on how
+   a prompt was cut into pieces.
    Source of paged keys and values: https://arxiv.org/abs/2309.06180, section 4.1. */
 #include <math.h>
 #include <stdlib.h>

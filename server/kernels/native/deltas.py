@@ -17,7 +17,6 @@ from adapterhub.errors import SettingsError
 from server.kernels.base import Kernel, Member, Segments, SlotWeights, by_columns
 from server.kernels.cpu import scale_inputs
 from server.kernels.native.library import Library, find_library
-from server.kernels.native.weights import Upcoming
 
 __all__ = ["build_kernel"]
 
@@ -111,12 +110,6 @@ class _Deltas:
             self._library.num_threads,
         )
 
-    def announce(self, *, segments: Segments, members: Sequence[Member]) -> Upcoming:
-        """Describe what the next call with these arguments reads; holds until a slot is written or the step ends."""
-        table = self._prepare(segments, members)
-        pointers = (table.fields.data_ptr(), table.columns.data_ptr(), self._chunks.data_ptr())
-        return Upcoming(pointers, self._chunks.shape[0], len(members))
-
     def _prepare(self, segments: Segments, members: Sequence[Member]) -> _Table:
         """Return the table of a group, up to date, and cut the step into chunks."""
         table = self._tables.get(members[0])
@@ -135,8 +128,7 @@ def build_kernel() -> Kernel:
         raise SettingsError(
             "The kernel 'native' is not compiled here.", "Use 'cpu', or install the package ziglang on Linux."
         )
-    deltas = _Deltas(library)
-    return Kernel("native", scale_inputs, deltas.apply_deltas_, deltas.announce)
+    return Kernel("native", scale_inputs, _Deltas(library).apply_deltas_)
 
 
 def _chunks(segments: Segments, max_tokens: int) -> Tensor:

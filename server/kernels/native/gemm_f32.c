@@ -3,26 +3,22 @@
    The weight lies in panels of PANEL outputs: panel p holds, input after input, its PANEL numbers, so that one pass reads
    memory in order and needs no sum across lanes. A tile of TILE_ROWS rows by three vectors stays in registers.
    Source of the scheme: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008, section 4. */
-#include "segments.h"
+#include "common.h"
 
 #define WIDTH 3 /* vectors per panel; with TILE_ROWS it fills the registers */
 #define PANEL (WIDTH * LANES)
 #define CHUNK 4 /* panels per item: long runs of memory for one core */
-#define FEW_ROWS 4 /* with fewer, the product itself waits for memory */
-#define MANY_ROWS 128 /* with more, a product is long and the adapters' share of memory small */
 
 typedef struct {
     float *y;
     const float *x, *weight, *bias;
     int64_t num_rows, num_in, num_out, y_stride, x_stride;
-    const upcoming *next; /* null when nothing is to be asked for */
-    int64_t num_lines, num_items;
 } product;
 
 int64_t native_panel_f32(void) { return PANEL; }
 
 #define TILE(ROWS)                                                                                                    \
-    static void tile_##ROWS(const product *p, int64_t row, int64_t panel, fetcher *ahead, int lines_per_input) {     \
+    static void tile_##ROWS(const product *p, int64_t row, int64_t panel) {                                          \
         vec sums[ROWS][WIDTH];                                                                                        \
         const float *weight = p->weight + panel * p->num_in * PANEL;                                                  \
         const float *x = p->x + row * p->x_stride;                                                                    \
@@ -35,7 +31,6 @@ int64_t native_panel_f32(void) { return PANEL; }
                 vec input = splat(x[m * p->x_stride + k]);                                                            \
                 for (int v = 0; v < WIDTH; v++) sums[m][v] += columns[v] * input;                                     \
             }                                                                                                         \
-            fetch(ahead, lines_per_input);                                                                            \
         }                                                                                                             \
         int64_t first = panel * PANEL, num_left = MIN(PANEL, p->num_out - first);                                     \
         for (int m = 0; m < ROWS; m++) {                                                                              \
@@ -56,41 +51,32 @@ TILE(7)
 TILE(8)
 #endif
 
-static void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t panel, fetcher *ahead, int lines) {
+static void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t panel) {
     switch (num_rows) {
-        case 1: tile_1(p, row, panel, ahead, lines); break;
-        case 2: tile_2(p, row, panel, ahead, lines); break;
-        case 3: tile_3(p, row, panel, ahead, lines); break;
-        case 4: tile_4(p, row, panel, ahead, lines); break;
+        case 1: tile_1(p, row, panel); break;
+        case 2: tile_2(p, row, panel); break;
+        case 3: tile_3(p, row, panel); break;
+        case 4: tile_4(p, row, panel); break;
 #if TILE_ROWS == 8
-        case 5: tile_5(p, row, panel, ahead, lines); break;
-        case 6: tile_6(p, row, panel, ahead, lines); break;
-        case 7: tile_7(p, row, panel, ahead, lines); break;
-        case 8: tile_8(p, row, panel, ahead, lines); break;
+        case 5: tile_5(p, row, panel); break;
+        case 6: tile_6(p, row, panel); break;
+        case 7: tile_7(p, row, panel); break;
+        case 8: tile_8(p, row, panel); break;
 #endif
     }
 }
 
-/* While few rows keep the arithmetic busy, memory is idle: the adapters that follow are asked for meanwhile. */
 static void run_panels(void *job, int64_t item) {
     const product *p = job;
-    int64_t num_panels = CEIL_DIV(p->num_out, PANEL), end = MIN((item + 1) * CHUNK, num_panels);
-    int64_t first = p->num_lines * item / p->num_items, last = p->num_lines * (item + 1) / p->num_items;
-    fetcher ahead = begin_fetching(p->next, first, last - first);
-    int64_t num_steps = (end - item * CHUNK) * CEIL_DIV(p->num_rows, TILE_ROWS) * p->num_in;
-    int lines = num_steps ? (int)CEIL_DIV(last - first, num_steps) : 0;
-    for (int64_t panel = item * CHUNK; panel < end; panel++)
+    int64_t num_panels = CEIL_DIV(p->num_out, PANEL);
+    for (int64_t panel = item * CHUNK; panel < MIN((item + 1) * CHUNK, num_panels); panel++)
         for (int64_t row = 0; row < p->num_rows; row += TILE_ROWS)
-            run_tile(p, row, MIN(TILE_ROWS, p->num_rows - row), panel, &ahead, lines);
+            run_tile(p, row, MIN(TILE_ROWS, p->num_rows - row), panel);
 }
 
-/* x: (num_rows, num_in), y: (num_rows, num_out), rows x_stride and y_stride floats apart; bias: (num_out,) or null. slots,
-   members, chunks: what apply_deltas will be called with next; num_chunks is zero when it will not be. */
-void native_gemm_f32(float *y, const float *x, const float *weight, const float *bias, const void *slots,
-                     const void *members, const void *chunks, int64_t num_rows, int64_t num_in, int64_t num_out,
-                     int64_t y_stride, int64_t x_stride, int64_t num_chunks, int64_t num_members, int num_threads) {
-    upcoming next = {slots, members, chunks, num_rows < FEW_ROWS || num_rows > MANY_ROWS ? 0 : num_chunks, num_members, num_in};
-    int64_t num_items = CEIL_DIV(CEIL_DIV(num_out, PANEL), CHUNK);
-    product p = {y, x, weight, bias, num_rows, num_in, num_out, y_stride, x_stride, &next, count_lines(&next), num_items};
-    run_items(run_panels, &p, num_items, num_threads);
+/* x: (num_rows, num_in), y: (num_rows, num_out), rows x_stride and y_stride floats apart; bias: (num_out,) or null. */
+void native_gemm_f32(float *y, const float *x, const float *weight, const float *bias, int64_t num_rows, int64_t num_in,
+                     int64_t num_out, int64_t y_stride, int64_t x_stride, int num_threads) {
+    product p = {y, x, weight, bias, num_rows, num_in, num_out, y_stride, x_stride};
+    run_items(run_panels, &p, CEIL_DIV(CEIL_DIV(num_out, PANEL), CHUNK), num_threads);
 }

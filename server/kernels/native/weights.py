@@ -5,7 +5,6 @@ Knows tensors. A row's product does not depend on how many rows there are, to th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,19 +13,10 @@ from torch.nn import functional
 
 from server.kernels.native.library import Library
 
-__all__ = ["FloatWeight", "Int8Weight", "PackedWeight", "Upcoming"]
+__all__ = ["FloatWeight", "Int8Weight", "PackedWeight"]
 
 _LARGEST_CODE = 127  # Signed bytes without -128, so that codes are symmetric.
 _CODE_OFFSET = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Upcoming:
-    """What a kernel will read after the product, as adapters.c describes it. pointers: slots, members, chunks."""
-
-    pointers: tuple[int, int, int]
-    num_chunks: int
-    num_members: int
 
 
 class PackedWeight(Protocol):
@@ -35,11 +25,8 @@ class PackedWeight(Protocol):
     shape: tuple[int, int]
     size_bytes: int
 
-    def product(self, x: Tensor, bias: Tensor | None, upcoming: Upcoming | None = None) -> Tensor:
-        """Return x W^T + bias (T, O) for x (T, H) float32 whose rows are contiguous.
-
-        upcoming: adapters to fetch from memory meanwhile.
-        """
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + bias (T, O) for x (T, H) float32 whose rows are contiguous."""
         ...
 
     def unpacked(self) -> Tensor:
@@ -56,11 +43,8 @@ class FloatWeight:
         self._panels = _panels(weight.to(torch.float32), library.panel_f32).permute(0, 2, 1).contiguous()
         self.size_bytes = self._panels.nbytes
 
-    def product(self, x: Tensor, bias: Tensor | None, upcoming: Upcoming | None = None) -> Tensor:
-        """Return x W^T + bias (T, O) for x (T, H) float32 whose rows are contiguous.
-
-        upcoming: adapters to fetch from memory meanwhile.
-        """
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + bias (T, O) for x (T, H) float32 whose rows are contiguous."""
         num_out, num_in = self.shape
         y = torch.empty(x.shape[0], num_out)
         self._library.gemm_f32(
@@ -68,13 +52,11 @@ class FloatWeight:
             x.data_ptr(),
             self._panels.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            *((0, 0, 0) if upcoming is None else upcoming.pointers),
             x.shape[0],
             num_in,
             num_out,
             num_out,
             x.stride(0),
-            *((0, 0) if upcoming is None else (upcoming.num_chunks, upcoming.num_members)),
             self._library.num_threads,
         )
         return y
@@ -107,12 +89,8 @@ class Int8Weight:
         self._scales = scales.permute(0, 2, 1).contiguous()  # [panel][block][output]
         self.size_bytes = self._codes.nbytes + self._scales.nbytes
 
-    def product(self, x: Tensor, bias: Tensor | None, upcoming: Upcoming | None = None) -> Tensor:
-        """Return x W^T + bias (T, O) for x (T, H) float32; x is rounded to 8 bits per block of inputs.
-
-        upcoming is not fetched: here the product itself keeps the memory busy.
-        """
-        del upcoming
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + bias (T, O) for x (T, H) float32; x is rounded to 8 bits per block of inputs."""
         num_out, num_in = self.shape
         num_rows, num_blocks, num_threads = x.shape[0], num_in // self._library.block_int8, self._library.num_threads
         scratch = torch.empty(num_rows * (num_in + 8 * num_blocks), dtype=torch.uint8)
