@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapterhub.base.identity import Base
-from adapterhub.base.loading import quiet_libraries
+from adapterhub.base.loading import load_model
 from adapterhub.store import Store
 from benchmarks.systems.job import Adapter
 from trainer.methods.profiles import VERA_PROJECTION_KEY
@@ -28,29 +28,30 @@ _IA3_TARGETS = ["k_proj", "v_proj", "down_proj"]  # https://arxiv.org/abs/2205.0
 _STRENGTH = {"lora_B": 0.02, "ia3_l": 0.05, "lora_E": 0.5, "vera_lambda": 0.05}
 
 
-def adapter_set(which: Literal["lora", "mixed"], num_adapters: int, *, cache: Path) -> tuple[Adapter, ...]:
-    """Name `num_adapters` adapters: LoRA of ranks 8, 16, 32 in turn, or all kinds in turn with those ranks."""
+def adapter_set(which: Literal["lora", "mixed"], num_adapters: int, *, folder: Path) -> tuple[Adapter, ...]:
+    """Name `num_adapters` adapters: LoRA of ranks 8, 16, 32 in turn, or all kinds in turn with those ranks.
+
+    folder: of one base, because DoRA's magnitudes are norms of its weights.
+    """
     result: list[Adapter] = []
     for idx in range(num_adapters):
         kind: AdapterKind = "lora" if which == "lora" else KINDS[idx % len(KINDS)]
         rank = RANKS[idx % 3] if which == "lora" else RANKS[(idx + idx // len(KINDS)) % 3]
         rank = {"ia3": 0, "vera": _VERA_RANK}.get(kind, rank)
         name = f"{which}-{idx:03d}-{kind}-r{rank}"
-        result.append(Adapter(name=name, folder=str(cache / "adapters" / name), rank=rank))
+        result.append(Adapter(name=name, folder=str(folder / "adapters" / name), rank=rank))
     return tuple(result)
 
 
 def write_missing(adapters: Sequence[Adapter], base: Base) -> None:
-    """Write the PEFT folders that are not there yet. Each appears whole or not at all."""
+    """Write the PEFT folders that are not there yet, for the values of `base`. Each appears whole or not at all."""
     missing = [one for one in adapters if not Path(one.folder).is_dir()]
     if not missing:
         return
+    plain: Any = load_model(base)  # Before PEFT is imported: it keeps the notices of libraries off the terminal.
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    quiet_libraries()
-    plain: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, local_files_only=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT comments on ranks and reads attributes transformers deprecates.
         for adapter in missing:

@@ -26,11 +26,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapterhub.base.catalogue import pull_base
-from adapterhub.base.identity import Base, describe_base
+from adapterhub.base.identity import Base
 from adapterhub.errors import AdapterHubError
 from adapterhub.settings import Settings, load_settings
 from adapterhub.store import Store
+from benchmarks.base_copy import benchmark_base
 from benchmarks.machine import describe_machine, describe_revision
 from benchmarks.options import add_options, check_options
 from benchmarks.peers.build import DEFAULT_CACHE
@@ -208,8 +208,7 @@ async def _tiers(traffic: _Traffic) -> dict[str, float]:
 
 def measure(config: ChurnConfig, *, settings: Settings, cache: Path, out: Path) -> None:
     """Run everything and write the result."""
-    pulled = pull_base(None, settings)
-    base = describe_base(pulled.name, pulled.folder, "none")
+    base = benchmark_base(settings)
     prompts = load_prompts(base, settings, num_prompts=_NUM_PROMPTS)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="churn-") as home:
@@ -229,6 +228,8 @@ def measure(config: ChurnConfig, *, settings: Settings, cache: Path, out: Path) 
         "revision": describe_revision(),
         "machine": describe_machine(),
         "base": base.name,
+        "base_digest": base.digest,
+        "quantization": base.quantization,
         "config": config.model_dump(mode="json"),
         "zipf": {
             "repetitions": [run["measures"] for run in runs],

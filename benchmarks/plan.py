@@ -1,9 +1,11 @@
-"""Which systems do which work how often: the configuration of `benchmarks.serving` and the cases it gives."""
+"""Which systems do which work how often: the configuration of `benchmarks.serving`, its cases and their folder."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -11,7 +13,7 @@ from adapterhub.errors import UserInputError, suggest
 from benchmarks.systems.catalogue import SYSTEMS, Kind, System
 from benchmarks.systems.job import Adapter, Job, Request
 
-__all__ = ["Case", "ServingConfig", "build_job", "list_cases", "requests_of"]
+__all__ = ["Case", "ServingConfig", "build_job", "list_cases", "open_runs", "requests_of"]
 
 _FEWEST_MIXED = 2  # One adapter is not a mixture.
 
@@ -87,6 +89,23 @@ def list_cases(config: ServingConfig) -> list[Case]:
     return cases
 
 
+def open_runs(folder: Path, config: ServingConfig, *, base_digest: str) -> None:
+    """Make the folder of a comparison, or continue in it. Raises UserInputError when it holds runs that differ.
+
+    Other systems, kinds, numbers of adapters and more repetitions may join a comparison; all else must be the same.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = folder / "config.json"
+    options = config.model_dump(mode="json", exclude={"systems", "kinds", "adapters", "repetitions"})
+    wanted = json.dumps(options | {"base_digest": base_digest})
+    if stamp.is_file() and (found := stamp.read_text(encoding="utf-8")) != wanted:
+        raise UserInputError(
+            f"{str(folder)!r} holds runs with other options or another base: {found}, not {wanted}.",
+            "Give this comparison another --name, or remove those runs with --fresh.",
+        )
+    stamp.write_text(wanted, encoding="utf-8")
+
+
 def requests_of(case: Case, config: ServingConfig, prompts: list[tuple[int, ...]]) -> tuple[Request, ...]:
     """Give each prompt the next adapter in turn; prompts are taken from the front of the list."""
     count = config.single_requests if case.kind == "single" else max(config.num_requests, case.num_adapters)
@@ -103,6 +122,7 @@ def build_job(
     *,
     adapters: tuple[Adapter, ...],
     base_folder: str,
+    copy_folder: str,
     gguf: str,
     home: str,
 ) -> Job:
@@ -118,6 +138,7 @@ def build_job(
         warm_up_tokens=config.warm_up_tokens,
         threads=config.threads,
         base_folder=base_folder,
+        copy_folder=copy_folder,
         gguf=gguf,
         home=home,
     )

@@ -5,7 +5,8 @@
 
 Every repetition runs all cases once, so that a slow hour touches all systems alike. A finished run is kept in
 `--cache`/runs/<name>: started again with the same options, the command continues where it was stopped, and tries failed
-runs again. The result is written after every run. Peers need `python -m benchmarks.peers.build` once.
+runs again. The result is written after every run. Peers need `python -m benchmarks.peers.build` once. All systems
+compute with the values of one NF4 base: ours quantize it while loading, peers read these values as float32.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapterhub.assets import fetch_asset
-from adapterhub.base.catalogue import CATALOGUE, pull_base
-from adapterhub.base.identity import Base, describe_base
+from adapterhub.base.catalogue import CATALOGUE
+from adapterhub.base.identity import Base
 from adapterhub.errors import AdapterHubError, UserInputError
 from adapterhub.settings import Settings, load_settings
 from benchmarks.adapters import adapter_set, publish_all, write_missing
+from benchmarks.base_copy import base_cache, benchmark_base, write_copy, write_gguf
 from benchmarks.machine import describe_machine, describe_revision
 from benchmarks.measures import case_record, measures
 from benchmarks.options import add_options, check_options
 from benchmarks.peers.build import DEFAULT_CACHE, peer_python
-from benchmarks.plan import Case, ServingConfig, build_job, list_cases
+from benchmarks.plan import Case, ServingConfig, build_job, list_cases, open_runs
+from benchmarks.systems.catalogue import System
 from benchmarks.systems.job import Adapter, Outcome, read_outcome, write_json
 from benchmarks.workload import load_prompts
 
@@ -48,14 +51,20 @@ _REFERENCES = {"single": "transformers", "base": "transformers", "lora": "peft"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Bench:
-    """Everything the runs share."""
+    """Everything the runs share.
+
+    copy: float32 values of the base; ggufs: by system; home: of what fits this base, our store among it; folder: of the
+    runs.
+    """
 
     config: ServingConfig
     cases: list[Case]
     prompts: list[tuple[int, ...]]
     base: Base
-    gguf: Path
+    copy: Path
+    ggufs: Mapping[str, Path]
     cache: Path
+    home: Path
     folder: Path
 
 
@@ -87,50 +96,48 @@ def _prepare(config: ServingConfig, *, cache: Path, name: str, settings: Setting
                 f"The environment of {peer!r} is not in {str(cache)!r}.",
                 f"Build it with `python -m benchmarks.peers.build {peer}`, or leave its systems out with --systems.",
             )
-    folder = _run_folder(config, cache=cache, name=name)
-    pulled = pull_base(None, settings)
-    base = describe_base(pulled.name, pulled.folder, "none")
-    gguf = _gguf(cases, cache, settings)
+    base = benchmark_base(settings)
+    folder = cache / "runs" / name
+    open_runs(folder, config, base_digest=base.digest)
+    ggufs = {
+        case.system.name: _gguf(case.system, base, cache, settings) for case in cases if case.system.peer == "llama_cpp"
+    }
     num_prompts = 2 * max([config.num_requests, config.single_requests, *(case.num_adapters for case in cases)])
-    adapters = [adapter for case in cases for adapter in _adapters_of(case, cache)]
+    home = base_cache(base, cache)
+    adapters = [adapter for case in cases for adapter in _adapters_of(case, home)]
     unique = list({adapter.name: adapter for adapter in adapters}.values())
     write_missing(unique, base)
-    publish_all(unique, base, home=cache / "home")
+    publish_all(unique, base, home=home)
     prompts = load_prompts(base, settings, num_prompts=num_prompts)
-    return _Bench(config=config, cases=cases, prompts=prompts, base=base, gguf=gguf, cache=cache, folder=folder)
+    return _Bench(
+        config=config,
+        cases=cases,
+        prompts=prompts,
+        base=base,
+        copy=write_copy(base, cache),
+        ggufs=ggufs,
+        cache=cache,
+        home=home,
+        folder=folder,
+    )
 
 
-def _run_folder(config: ServingConfig, *, cache: Path, name: str) -> Path:
-    """Open the folder of a named comparison. Raises UserInputError when it holds runs with other options."""
-    folder = cache / "runs" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = folder / "config.json"
-    wanted = config.model_dump_json(exclude={"systems", "kinds", "adapters", "repetitions"})
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") != wanted:
-        raise UserInputError(
-            f"{str(folder)!r} holds runs with other options: {stamp.read_text(encoding='utf-8')}.",
-            "Give this comparison another --name, or remove those runs with --fresh.",
-        )
-    stamp.write_text(wanted, encoding="utf-8")
-    return folder
+def _gguf(system: System, base: Base, cache: Path, settings: Settings) -> Path:
+    """Return the file llama.cpp reads: the base's values in float32, or its own 4-bit weights as they were published.
 
-
-def _gguf(cases: Sequence[Case], cache: Path, settings: Settings) -> Path:
-    """Link the base's GGUF file into the cache, for llama.cpp. Raises UserInputError for a base without one."""
-    link = cache / "base.gguf"
-    if settings.base in CATALOGUE:
-        link.unlink(missing_ok=True)
-        link.symlink_to(fetch_asset(CATALOGUE[settings.base], settings.assets_dir))
-    elif any(case.system.peer == "llama_cpp" for case in cases):
+    Raises UserInputError for a base without a GGUF file.
+    """
+    if settings.base not in CATALOGUE:
         raise UserInputError(
             f"Base {settings.base!r} has no GGUF file, which llama.cpp needs.",
             f"Leave llama.cpp out with --systems, or measure one of: {', '.join(CATALOGUE)}.",
         )
-    return link
+    published = fetch_asset(CATALOGUE[settings.base], settings.assets_dir)
+    return write_gguf(base, cache, original=published) if system.compute == "float32" else published
 
 
-def _adapters_of(case: Case, cache: Path) -> tuple[Adapter, ...]:
-    return adapter_set("mixed" if case.kind == "mixed" else "lora", case.num_adapters, cache=cache)
+def _adapters_of(case: Case, home: Path) -> tuple[Adapter, ...]:
+    return adapter_set("mixed" if case.kind == "mixed" else "lora", case.num_adapters, folder=home)
 
 
 def _outcome_path(bench: _Bench, case: Case, repetition: int) -> Path:
@@ -143,10 +150,11 @@ def _run(bench: _Bench, case: Case, outcome_path: Path) -> str:
         case,
         bench.config,
         bench.prompts,
-        adapters=_adapters_of(case, bench.cache),
+        adapters=_adapters_of(case, bench.home),
         base_folder=str(bench.base.folder),
-        gguf=str(bench.gguf),
-        home=str(bench.cache / "home"),
+        copy_folder=str(bench.copy),
+        gguf=str(bench.ggufs.get(case.system.name, "")),
+        home=str(bench.home),
     )
     job_path = outcome_path.with_suffix(".job")
     write_json(job, job_path)
@@ -204,6 +212,8 @@ def _write_result(bench: _Bench, errors: dict[str, str], out: Path) -> None:
         "revision": describe_revision(),
         "machine": describe_machine(),
         "base": bench.base.name,
+        "base_digest": bench.base.digest,
+        "quantization": bench.base.quantization,
         "config": bench.config.model_dump(mode="json"),
         "prompt_tokens": {"min": lengths[0], "median": lengths[len(lengths) // 2], "max": lengths[-1]},
         "cases": records,

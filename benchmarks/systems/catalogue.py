@@ -57,7 +57,7 @@ def _vllm(compute: str) -> System:
     )
 
 
-def _llama_cpp(compute: str) -> System:
+def _llama_cpp(compute: str, weights: str) -> System:
     return System(
         name=f"llama.cpp-{compute}",
         module="llama_cpp_batch",
@@ -65,7 +65,7 @@ def _llama_cpp(compute: str) -> System:
         peer="llama_cpp",
         kinds=("single", "base"),
         adapter_counts=(),
-        note=f"llama.cpp, {compute} weights; one adapter per context, so it cannot batch requests of several adapters.",
+        note=f"llama.cpp, {weights}; one adapter per context, so it cannot batch requests of several adapters.",
     )
 
 
@@ -103,7 +103,7 @@ SYSTEMS: Mapping[str, System] = {
         ),
         _vllm("float32"),
         _vllm("bfloat16"),
-        _llama_cpp("float32"),
-        _llama_cpp("q4_1"),
+        _llama_cpp("float32", "float32 weights"),
+        _llama_cpp("q4_1", "the published Q4_1 weights"),
     )
 }

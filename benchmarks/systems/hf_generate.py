@@ -42,7 +42,7 @@ def run(job: Job) -> Outcome:
     """Answer the requests of `job`, in PEFT's mixed batches when they name adapters."""
     began = time.perf_counter()
     torch.set_num_threads(job.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(job.base_folder, dtype=torch.float32, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(job.copy_folder, dtype=torch.float32, local_files_only=True)
     model.eval()
     _generate(model, [Request(prompt_token_ids=job.warm_up[0].prompt_token_ids, adapter=None)], num_tokens=2)
     base_mib = resident_mib()

@@ -35,13 +35,15 @@ class Request:
 class Job:
     """One run of one system.
 
-    compute: arithmetic or weight format, a word the system knows; base_folder: float32 safetensors; gguf: the same base
-    for llama.cpp; home: folder of our store; requests: measured, at most `concurrency` at once; warm_up: answered
-    before, other prompts with the same adapters; new_tokens: length of every answer.
+    compute: arithmetic or weight format, a word the system knows; base_folder: of the base, which we quantize while
+    loading; copy_folder: the values this gives, as float32 safetensors; gguf: the file llama.cpp reads; home: folder of
+    our store; requests: measured, at most `concurrency` at once; warm_up: answered before, other prompts with the same
+    adapters; new_tokens: length of every answer.
     """
 
     compute: str
     base_folder: str
+    copy_folder: str
     gguf: str
     home: str
     adapters: tuple[Adapter, ...]

@@ -6,11 +6,9 @@ llama-cpp-python, because the Python class of that package knows one sequence at
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import llama_cpp  # pyright: ignore[reportMissingImports]  # Only in the peer's environment.
@@ -22,15 +20,13 @@ from benchmarks.systems.memory import peak_mib, resident_mib
 __all__ = ["run"]
 
 _MAX_TOKENS = 512  # Longest prompt plus answer of one sequence.
-_NO_QUANTIZATION = 0  # LLAMA_FTYPE_ALL_F32
 
 
 def run(job: Job) -> Outcome:
     """Answer the requests of `job`, in waves of `concurrency`."""
     began = time.perf_counter()
     llama_cpp.llama_backend_init()
-    model_file = job.gguf if job.compute == "q4_1" else _float32_file(job.gguf)
-    decoder = _Decoder(model_file, num_sequences=job.concurrency, threads=job.threads)
+    decoder = _Decoder(job.gguf, num_sequences=job.concurrency, threads=job.threads)
     decoder.answer(job.warm_up[: job.concurrency], num_tokens=job.warm_up_tokens, start=0.0)
     resident = resident_mib()
     start = time.perf_counter()
@@ -47,20 +43,6 @@ def run(job: Job) -> Outcome:
         peak_mib=peak_mib(),
         versions={"llama-cpp-python": metadata.version("llama-cpp-python")},
     )
-
-
-def _float32_file(gguf: str) -> str:
-    """Unpack the weights of a GGUF file to float32 once, beside it, and return the new file."""
-    target = Path(gguf).with_suffix(".float32.gguf")
-    if not target.is_file():
-        scratch = target.with_suffix(".tmp")
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.allow_requantize = _NO_QUANTIZATION, True
-        failed = llama_cpp.llama_model_quantize(gguf.encode(), str(scratch).encode(), ctypes.byref(params))
-        if failed:
-            raise RuntimeError(f"llama.cpp could not unpack {gguf!r} (code {failed}).")
-        scratch.replace(target)
-    return str(target)
 
 
 class _Decoder:

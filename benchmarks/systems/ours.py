@@ -15,6 +15,7 @@ from adapterhub.base.loading import use_threads
 from adapterhub.errors import UserInputError
 from adapterhub.settings import Settings
 from adapterhub.store import Store
+from benchmarks.base_copy import QUANTIZATION
 from benchmarks.systems.job import Job, Outcome, Request, RequestTimes
 from benchmarks.systems.memory import peak_mib, resident_mib
 from server.engine.build import build_engine
@@ -70,8 +71,8 @@ async def _run(job: Job) -> Outcome:
 
 
 def base_of(job: Job) -> Base:
-    """Return the base as every peer sees it: float32 weights without quantization."""
-    return describe_base("benchmark", Path(job.base_folder), "none")
+    """Return the base quantized as the product does it by default; peers read a copy of its dequantized values."""
+    return describe_base("benchmark", Path(job.base_folder), QUANTIZATION)
 
 
 def handles_of(job: Job, store: Store, base: Base) -> list[AdapterHandle]:

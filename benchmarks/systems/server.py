@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.base_copy import QUANTIZATION
 from benchmarks.systems.job import RequestTimes
 from benchmarks.systems.ours import KV_MEMORY_MIB
 
@@ -28,7 +29,7 @@ def running_server(
 ) -> Generator[str]:
     """Serve the adapters of the store in `home` on a free port, and give the URL."""
     hub = Path(sys.executable).with_name("hub")
-    command = [str(hub), "serve", "--port", "0", "--base", base_folder, "--quantization", "none"]
+    command = [str(hub), "serve", "--port", "0", "--base", base_folder, "--quantization", QUANTIZATION]
     command += ["--max-slots", str(num_slots), "--kv-memory-mib", str(KV_MEMORY_MIB)]
     if preload:
         command += ["--preload", ",".join(preload)]

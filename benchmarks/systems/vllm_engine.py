@@ -41,7 +41,7 @@ def run(job: Job) -> Outcome:
             "max_lora_rank": max(8, *(adapter.rank for adapter in job.adapters)),
         }
     llm = LLM(
-        model=job.base_folder, dtype=job.compute, max_model_len=_MAX_TOKENS, max_num_seqs=_MAX_ROWS, seed=0, **options
+        model=job.copy_folder, dtype=job.compute, max_model_len=_MAX_TOKENS, max_num_seqs=_MAX_ROWS, seed=0, **options
     )
     engine: Any = llm.llm_engine
     plain = [Request(prompt_token_ids=one.prompt_token_ids, adapter=None) for one in job.warm_up]

@@ -6,7 +6,7 @@ import pytest
 
 from adapterhub.errors import UserInputError
 from benchmarks.options import build_config
-from benchmarks.plan import ServingConfig, build_job, list_cases, requests_of
+from benchmarks.plan import ServingConfig, build_job, list_cases, open_runs, requests_of
 
 
 def labels(**options):
@@ -72,7 +72,18 @@ def test_the_warm_up_never_sees_a_measured_prompt():
     config = build_config({"systems": ("ours-float32",)}, ServingConfig)
     prompts = [(idx,) for idx in range(128)]
     for case in list_cases(config):
-        job = build_job(case, config, prompts, adapters=(), base_folder="", gguf="", home="")
+        job = build_job(case, config, prompts, adapters=(), base_folder="", copy_folder="", gguf="", home="")
         measured = {one.prompt_token_ids for one in job.requests}
         assert measured.isdisjoint(one.prompt_token_ids for one in job.warm_up)
         assert len(job.requests) == len(job.warm_up)
+
+
+def test_a_comparison_continues_with_more_systems_but_not_with_other_options_or_another_base(tmp_path):
+    folder = tmp_path / "runs" / "name"
+    open_runs(folder, build_config({"systems": ("peft",)}, ServingConfig), base_digest="a")
+    open_runs(folder, build_config({"systems": ("ours-int8",), "repetitions": "9"}, ServingConfig), base_digest="a")
+    message = r"name' holds runs with other options or another base: .*\"base_digest\": \"a\".* with --fresh\."
+    with pytest.raises(UserInputError, match=message):
+        open_runs(folder, build_config({}, ServingConfig), base_digest="b")
+    with pytest.raises(UserInputError, match=r'"new_tokens": 64.*, not .*"new_tokens": 8'):
+        open_runs(folder, build_config({"new_tokens": "8"}, ServingConfig), base_digest="a")

@@ -40,6 +40,7 @@ def test_jobs_and_outcomes_survive_the_way_between_processes(tmp_path):
     job = Job(
         compute="float32",
         base_folder="base",
+        copy_folder="copy",
         gguf="base.gguf",
         home="home",
         adapters=(Adapter(name="one", folder="folder", rank=8),),
