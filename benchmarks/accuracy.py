@@ -10,7 +10,6 @@ trained with `hub train` into `--cache`/trained, about five minutes each on two 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import math
@@ -29,13 +28,12 @@ from adapterhub.base.catalogue import pull_base
 from adapterhub.base.identity import Base
 from adapterhub.base.loading import load_model, load_tokenizer, use_threads
 from adapterhub.base.prompts import text_token_ids
-from adapterhub.errors import AdapterHubError, JobFailedError, UserInputError
+from adapterhub.errors import JobFailedError, UserInputError
 from adapterhub.recipes import load_recipe
-from adapterhub.settings import Settings, load_settings
+from adapterhub.settings import Settings
 from adapterhub.store import Store
 from benchmarks.machine import describe_machine, describe_revision
-from benchmarks.options import add_options, check_options
-from benchmarks.peers.build import DEFAULT_CACHE
+from benchmarks.options import run_command
 from benchmarks.systems.ours import running_engine
 from server.engine.runner import Runner, StepRow
 from server.engine.types import AdapterHandle, Engine, ErrorEvent, GenerateRequest, SamplingParams, TokenEvent
@@ -227,17 +225,9 @@ def measure(config: AccuracyConfig, *, settings: Settings, cache: Path, out: Pat
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write the result; exits with 2 for wrong options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder of the trained adapters")
-    parser.add_argument("--out", type=Path, default=_RESULT)
-    add_options(parser, AccuracyConfig)
-    parsed = parser.parse_args(arguments)
-    try:
-        measure(check_options(parsed, AccuracyConfig), settings=load_settings(), cache=parsed.cache, out=parsed.out)
-    except AdapterHubError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    print(f"Written: {parsed.out}")
+    run_command(
+        measure, AccuracyConfig, arguments, about=__doc__, cache_help="folder of the trained adapters", result=_RESULT
+    )
 
 
 if __name__ == "__main__":

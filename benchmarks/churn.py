@@ -11,12 +11,10 @@ k ** -skew, as caches are measured since https://doi.org/10.1109/INFCOM.1999.749
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,12 +26,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from adapterhub.base.identity import Base
 from adapterhub.errors import AdapterHubError
-from adapterhub.settings import Settings, load_settings
+from adapterhub.settings import Settings
 from adapterhub.store import Store
 from benchmarks.base_copy import benchmark_base
 from benchmarks.machine import describe_machine, describe_revision
-from benchmarks.options import add_options, check_options
-from benchmarks.peers.build import DEFAULT_CACHE
+from benchmarks.options import run_command
 from benchmarks.spread import percentile, spread
 from benchmarks.swaps import measure_swaps
 from benchmarks.systems.job import Request
@@ -246,17 +243,9 @@ def measure(config: ChurnConfig, *, settings: Settings, cache: Path, out: Path) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write the result; exits with 2 for wrong options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder for the temporary store")
-    parser.add_argument("--out", type=Path, default=_RESULT)
-    add_options(parser, ChurnConfig)
-    parsed = parser.parse_args(arguments)
-    try:
-        measure(check_options(parsed, ChurnConfig), settings=load_settings(), cache=parsed.cache, out=parsed.out)
-    except AdapterHubError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    print(f"Written: {parsed.out}")
+    run_command(
+        measure, ChurnConfig, arguments, about=__doc__, cache_help="folder for the temporary store", result=_RESULT
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 from adapterhub.errors import UserInputError
 from benchmarks.churn import ChurnConfig, arrivals, zipf_choices
-from benchmarks.options import build_config
+from benchmarks.options import build_config, run_command
 
 
 def test_popularity_falls_with_rank_as_the_law_says():
@@ -44,3 +44,24 @@ def test_equal_seeds_give_equal_traffic():
 def test_a_wrong_option_is_named(options, message):
     with pytest.raises(UserInputError, match=message):
         build_config(options, ChurnConfig)
+
+
+def test_a_measurement_gets_what_the_command_line_says_and_wrong_options_end_with_two(tmp_path, capsys):
+    seen = []
+
+    def measure(config, /, *, settings, cache, out):
+        assert settings.home.is_absolute()
+        seen.append((config.adapters, cache, out))
+        if config.adapters == 5:
+            raise UserInputError("Five are wrong.", "Take four.")
+
+    def run(*arguments):
+        run_command(measure, ChurnConfig, arguments, about=None, cache_help="", result=tmp_path / "default.json")
+
+    run("--adapters", "4", "--cache", str(tmp_path))
+    assert seen == [(4, tmp_path, tmp_path / "default.json")]
+    assert capsys.readouterr().out == f"Written: {tmp_path / 'default.json'}\n"
+    for wrong, message in (("1025", "--adapters is '1025'"), ("5", "Five are wrong. Take four.")):
+        with pytest.raises(SystemExit, match="2"):
+            run("--adapters", wrong)
+        assert message in capsys.readouterr().err
