@@ -53,6 +53,7 @@ class LinearGroup:
         layer_idx: int | None = None,
     ) -> None:
         starts = [0, *accumulate(widths)][:-1]
+        self.widths = tuple(widths)
         self.biases = biases
         self._slots: list[list[SlotWeights | None]] = [[None] * num_slots for _ in widths]
         self._members = [Member(*place) for place in zip(starts, widths, self._slots, strict=True)]
@@ -89,7 +90,7 @@ class LinearGroup:
         """
         if x is not self._x or index not in self._waiting:
             rows = x.reshape(-1, x.shape[-1])
-            self._x, self._y = x, self._run(rows).view(*x.shape[:-1], -1)
+            self._x, self._y = x, self.run(rows).view(*x.shape[:-1], -1)
             self._waiting = set(range(len(self._members)))
         y = cast("Tensor", self._y)
         self._waiting.discard(index)
@@ -98,7 +99,8 @@ class LinearGroup:
         member = self._members[index]
         return y[..., member.start : member.start + member.width]
 
-    def _run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
+        """Return a fresh y (T, sum of widths), the outputs of all members side by side, for x (T, H) float32."""
         step = current_step()
         owners = () if step is None or step.segments is None else step.segments.owner
         if step is None or self._used.isdisjoint(owners):

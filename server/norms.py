@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from server.kernels.native import Library
 
-__all__ = ["replace_norms_"]
+__all__ = ["CompiledNorm", "replace_norms_"]
 
 _TOLERANCE = 1e-5  # Of values near one, float32: an order of sums may differ, a formula may not.
 
 
-class _Norm(nn.Module):
+class CompiledNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32."""
+
     def __init__(self, weight: Tensor, epsilon: float, library: Library) -> None:
         super().__init__()
         self._weight = weight.contiguous()
@@ -24,13 +26,22 @@ class _Norm(nn.Module):
         self._library = library
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x / rms(x) * weight, over the last dimension; x: (..., H) float32."""
+        """Return the norm of x (..., H) float32."""
         x = x.contiguous()
         y = torch.empty_like(x)
-        width = x.shape[-1]
-        pointers = (y.data_ptr(), x.data_ptr(), self._weight.data_ptr())
-        self._library.rms_norm(*pointers, x.numel() // width, width, self._epsilon)
+        self._run(y, 0, x, 0)
         return y
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm; x, delta: (..., H) float32, contiguous."""
+        total, y = torch.empty_like(x), torch.empty_like(x)
+        self._run(y, total.data_ptr(), x, delta.data_ptr())
+        return total, y
+
+    def _run(self, y: Tensor, total: int, x: Tensor, delta: int) -> None:
+        width = x.shape[-1]
+        pointers = (y.data_ptr(), total, x.data_ptr(), delta, self._weight.data_ptr())
+        self._library.rms_norm(*pointers, x.numel() // width, width, self._epsilon, self._library.num_threads)
 
 
 @torch.inference_mode()
@@ -47,7 +58,7 @@ def replace_norms_(model: nn.Module, library: Library) -> int:
     return num_replaced
 
 
-def _find_equal(module: nn.Module, library: Library) -> _Norm | None:
+def _find_equal(module: nn.Module, library: Library) -> CompiledNorm | None:
     """Return the compiled norm that computes what `module` does, or None; some models store the weight minus one."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -57,7 +68,7 @@ def _find_equal(module: nn.Module, library: Library) -> _Norm | None:
     probe = torch.linspace(-2, 3, 3 * weight.shape[0]).view(3, -1) * torch.tensor([[1.0], [1e-3], [30.0]])
     expected = module(probe)
     for candidate in (weight, weight + 1):
-        norm = _Norm(candidate, epsilon, library)
+        norm = CompiledNorm(candidate, epsilon, library)
         if torch.allclose(norm(probe), expected, rtol=_TOLERANCE, atol=_TOLERANCE):
             return norm
     return None

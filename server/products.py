@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapterhub.errors import UserInputError
-from server.kernels.native import FloatWeight, Int8Weight, Library, PackedWeight, find_library
+from server.kernels.native import FloatWeight, Int8Weight, Library, NF4Weight, PackedWeight, find_library, nf4_parts
 
 __all__ = ["Compute", "PackedHead", "Product", "ProductBuilder", "linear_bias", "linear_weight", "pick_products"]
 
@@ -147,7 +147,9 @@ def _build_packed(layers: Sequence[nn.Linear], compute: Compute, library: Librar
         return _PackedProduct(Int8Weight(weight, library), _joined_bias(layers))
     if compute == "int8":
         _log.warning("a linear with %d inputs stays in float32: no multiple of %d", weight.shape[1], library.block_int8)
-    return _PackedProduct(FloatWeight(weight, library), _joined_bias(layers))
+    parts = nf4_parts(weight)
+    packed = FloatWeight(weight, library) if parts is None else NF4Weight(*parts, library)
+    return _PackedProduct(packed, _joined_bias(layers))
 
 
 def _joined_bias(layers: Sequence[nn.Linear]) -> Tensor | None:

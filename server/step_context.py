@@ -16,7 +16,7 @@ from torch import Tensor
 from server.kernels import Segments
 
 if TYPE_CHECKING:
-    from server.engine.attention import AttentionStep, HeadShapeProbe
+    from server.engine.attention import AttentionProbe, AttentionStep
 
 __all__ = ["StepContext", "current_step", "step_context"]
 
@@ -29,7 +29,7 @@ class StepContext:
     """
 
     segments: Segments | None = None
-    attention: AttentionStep | HeadShapeProbe | None = None
+    attention: AttentionStep | AttentionProbe | None = None
     gates: Tensor | None = None
 
 

@@ -18,24 +18,31 @@ from server.engine.paged_kv import HeadShape, PagedKV, RowSpan, indices
 from server.engine.plain_attention import PlainAttention
 from server.step_context import current_step
 
-__all__ = ["ATTENTION_NAME", "AttentionStep", "HeadShapeProbe", "register_paged_attention"]
+__all__ = ["ATTENTION_NAME", "AttentionProbe", "AttentionStep", "register_paged_attention"]
 
 ATTENTION_NAME = "adapterhub_paged"
 # Arguments with which transformers asks for another formula; ignoring one would answer wrongly.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "cache")
 
 
-class HeadShapeProbe:
-    """Stands in for AttentionStep while the runner asks what each attention layer would store."""
+class AttentionProbe:
+    """Stands in for AttentionStep while the runner asks what each attention layer stores and wants.
+
+    shapes: what a layer would store per token; terms: what else its attention is asked for, by layer.
+    """
 
     def __init__(self) -> None:
         self.shapes: dict[int, HeadShape] = {}
+        self.terms: dict[int, dict[str, Any]] = {}
 
     def run(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, **terms: Any) -> Tensor:
-        """Note the shape of key and value (1, heads, T, dim) and return zeros (1, T, query heads, value dim)."""
-        del terms
+        """Note the call and return (1, T, query heads, value dim): some mixture of all three, token by token."""
         self.shapes[layer_idx] = HeadShape(key.shape[1], key.shape[3], value.shape[3])
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+        self.terms[layer_idx] = terms
+        group = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
+        weights = (query * key).mean(dim=-1, keepdim=True).tanh()
+        return (weights * value).transpose(1, 2).contiguous()
 
 
 class AttentionStep:

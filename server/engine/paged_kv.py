@@ -28,7 +28,7 @@ class HeadShape:
 
 
 class PagedKV:
-    """Blocks of keys and values, one pool per layer; a block holds `block_tokens` tokens of one row."""
+    """Blocks of keys and values, one pool per layer; a block holds `block_tokens` tokens of one row, by head."""
 
     def __init__(
         self, shapes: Sequence[HeadShape], *, num_blocks: int, block_tokens: int, device: torch.device
@@ -37,9 +37,12 @@ class PagedKV:
         self.block_tokens = block_tokens
         self.device = device
         self.library = find_library() if device.type == "cpu" else None
-        size = (num_blocks, block_tokens)
-        self._keys = [torch.zeros(*size, shape.num_heads, shape.key_dim, device=device) for shape in shapes]
-        self._values = [torch.zeros(*size, shape.num_heads, shape.value_dim, device=device) for shape in shapes]
+
+        def pool(num_heads: int, dim: int) -> Tensor:
+            return torch.zeros(num_blocks, num_heads, block_tokens, dim, device=device)
+
+        self._keys = [pool(shape.num_heads, shape.key_dim) for shape in shapes]
+        self._values = [pool(shape.num_heads, shape.value_dim) for shape in shapes]
 
     def write_(self, layer_idx: int, places: Tensor, key: Tensor, value: Tensor, *, begun: Tensor) -> None:
         """Store T tokens; places: (T,) block * block_tokens + offset; key, value: (1, heads, T, dim).
@@ -50,7 +53,8 @@ class PagedKV:
         for pool, new in ((self._keys[layer_idx], key), (self._values[layer_idx], value)):
             if self.library is None:
                 pool.index_fill_(0, begun, 0.0)
-                pool.view(-1, *pool.shape[2:]).index_copy_(0, places, new[0].transpose(0, 1))
+                by_token = pool.transpose(1, 2)
+                by_token[places // self.block_tokens, places % self.block_tokens] = new[0].transpose(0, 1)
                 continue
             new = new if new.stride(3) == 1 else new.contiguous()
             _, num_heads, num_tokens, dim = new.shape
@@ -58,14 +62,14 @@ class PagedKV:
             self.library.write_cache(pool.data_ptr(), new.data_ptr(), places.data_ptr(), *sizes)
 
     def pools(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Return all keys and all values of a layer, (blocks, block_tokens, heads, dim)."""
+        """Return all keys and all values of a layer, (blocks, heads, block_tokens, dim)."""
         return self._keys[layer_idx], self._values[layer_idx]
 
     def gather(self, layer_idx: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values (rows, heads, N * block_tokens, dim) of the blocks (rows, N)."""
         num_rows = blocks.shape[0]
         found = (
-            pool.index_select(0, blocks.flatten()).view(num_rows, -1, *pool.shape[2:]).transpose(1, 2)
+            pool.index_select(0, blocks.flatten()).view(num_rows, -1, *pool.shape[1:]).transpose(1, 2).flatten(2, 3)
             for pool in (self._keys[layer_idx], self._values[layer_idx])
         )
         key, value = found

@@ -23,10 +23,11 @@ from adapterhub.base import Base
 from adapterhub.errors import AdapterLoadError, BaseMismatchError, EngineStateError, UserInputError
 from server.engine.attention import (
     ATTENTION_NAME,
+    AttentionProbe,
     AttentionStep,
-    HeadShapeProbe,
     register_paged_attention,
 )
+from server.engine.fused_layers import fuse_layers_
 from server.engine.loader import LoadedAdapter, load_adapter
 from server.engine.mix import load_mix
 from server.engine.paged_kv import HeadShape, PagedKV, RowSpan
@@ -105,6 +106,9 @@ class Runner:
         register_paged_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         shapes = self._discover_head_shapes()
+        if self._library is not None:
+            num_fused = fuse_layers_(model, self._library, compute=compute)
+            _log.info("%d of %d decoder layers run fused", num_fused, self._num_layers)
         self._kv = PagedKV(shapes, num_blocks=num_blocks, block_tokens=block_size, device=self._device)
 
     @property
@@ -211,7 +215,7 @@ class Runner:
     @torch.inference_mode()
     def _discover_head_shapes(self) -> list[HeadShape]:
         """Run one token without keys and values, and note what each attention layer would store."""
-        probe = HeadShapeProbe()
+        probe = AttentionProbe()
         self._forward([StepRow((0,), 0, (), -1)], StepContext(None, probe), last=[0])
         if sorted(probe.shapes) != list(range(self._num_layers)):
             raise UserInputError(

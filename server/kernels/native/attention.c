@@ -21,46 +21,39 @@ typedef struct {
     float scale;
 } decode;
 
-/* Cody-Waite reduction and a polynomial of degree 6: within 2 units in the last place of exp for x <= 0. */
-INLINE vec exp_vec(vec x) {
-    typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-    ivec is_low = x < -87.0f;
-    x = (vec)((is_low & (ivec)splat(-87.0f)) | (~is_low & (ivec)x));
-    vec n = x * 1.44269504f;
-    ivec whole = __builtin_convertvector(n - 0.5f, ivec); /* x <= 0: towards zero from below is the nearest */
-    vec f = __builtin_convertvector(whole, vec);
-    vec r = x - f * 0.693359375f - f * -2.12194440e-4f;
-    vec p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    ivec bits = (whole + 127) << 23;
-    return p * (vec)bits;
-}
-
-/* The positions of one row, one after the other, in one pool. */
+/* The positions of one row and head, one after the other, in one pool. The block after the current one is fetched line by
+   line while this one is read: where it lies is known here, and to no prefetcher of the processor. */
 typedef struct {
-    const float *pool, *token;
+    const float *pool, *token, *next;
     const int64_t *blocks;
-    int64_t block_tokens, left, stride; /* left: tokens of this block, the current one included */
+    int64_t block_tokens, left, dim, block_stride; /* left: tokens of this block, the current one included */
+    int64_t num_left;                              /* blocks after this one */
 } walk;
 
-INLINE walk begin_walk(const decode *d, const float *pool, const int64_t *blocks, int64_t first, int64_t dim,
+INLINE walk begin_walk(const decode *d, const float *pool, const int64_t *blocks, int64_t first, int64_t last, int64_t dim,
                        int64_t head) {
-    int64_t stride = d->num_heads * dim, offset = first % d->block_tokens;
-    walk w = {pool + head * dim, 0, blocks + first / d->block_tokens, d->block_tokens, d->block_tokens - offset, stride};
-    w.token = w.pool + (*w.blocks * w.block_tokens + offset) * stride;
+    int64_t block = first / d->block_tokens, offset = first % d->block_tokens;
+    walk w = {.pool = pool + head * d->block_tokens * dim, .blocks = blocks + block, .block_tokens = d->block_tokens,
+              .left = d->block_tokens - offset, .dim = dim, .block_stride = d->num_heads * d->block_tokens * dim,
+              .num_left = last / d->block_tokens - block};
+    w.token = w.pool + w.blocks[0] * w.block_stride + offset * dim;
+    w.next = w.num_left ? w.pool + w.blocks[1] * w.block_stride + offset * dim : w.token;
     return w;
 }
 
+INLINE void fetch_ahead(const walk *w) {
+    for (int64_t o = 0; o < w->dim; o += 16) __builtin_prefetch(w->next + o); /* lines of 64 bytes */
+}
+
 INLINE void advance(walk *w) {
-    w->token += w->stride;
+    w->token += w->dim;
+    w->next += w->dim;
     if (--w->left == 0) {
         w->left = w->block_tokens;
-        w->token = w->pool + *++w->blocks * w->block_tokens * w->stride;
+        w->blocks++;
+        w->num_left--;
+        w->token = w->pool + w->blocks[0] * w->block_stride;
+        w->next = w->num_left > 0 ? w->pool + w->blocks[1] * w->block_stride : w->token;
     }
 }
 
@@ -87,6 +80,7 @@ static float soften(float *scores, int64_t count) {
         int64_t whole = d->key_dim / LANES * LANES;                                                                   \
         for (int64_t i = 0; i < count; i++) {                                                                         \
             vec sums[HEADS];                                                                                          \
+            fetch_ahead(&keys);                                                                                       \
             for (int h = 0; h < HEADS; h++) sums[h] = splat(0);                                                       \
             for (int64_t o = 0; o < whole; o += LANES) {                                                              \
                 vec key = load(keys.token + o);                                                                       \
@@ -111,6 +105,7 @@ static float soften(float *scores, int64_t count) {
             for (int v = 0; v < VECTORS; v++) sums[h][v] = splat(0);                                                  \
         for (int64_t i = 0; i < count; i++) {                                                                         \
             vec value[VECTORS];                                                                                       \
+            fetch_ahead(&values);                                                                                     \
             for (int v = 0; v < VECTORS; v++) value[v] = load(values.token + from + v * LANES);                       \
             for (int h = 0; h < HEADS; h++)                                                                           \
                 for (int v = 0; v < VECTORS; v++) sums[h][v] += value[v] * weights[h * padded + i];                   \
@@ -124,7 +119,7 @@ EACH(1) EACH(2) EACH(3) EACH(4)
 
 #define CALL(HEADS)                                                                                                   \
     case HEADS:                                                                                                       \
-        score_##HEADS(d, query, begin_walk(d, d->keys, blocks, first, d->key_dim, head), scores, padded, count);      \
+        score_##HEADS(d, query, begin_walk(d, d->keys, blocks, first, row[1], d->key_dim, head), scores, padded, count);      \
         break;
 #define CALL_BLEND(HEADS)                                                                                             \
     case HEADS:                                                                                                       \
@@ -142,7 +137,7 @@ static void attend(const decode *d, const int64_t *row, int64_t head, int64_t fi
     switch (num_heads) { CALL(1) CALL(2) CALL(3) CALL(4) }
     float inverse[MAX_HEADS];
     for (int h = 0; h < num_heads; h++) inverse[h] = 1.0f / soften(scores + h * padded, count);
-    walk values = begin_walk(d, d->values, blocks, first, d->value_dim, head);
+    walk values = begin_walk(d, d->values, blocks, first, row[1], d->value_dim, head);
     int64_t from = 0;
     while (from + LANES <= d->value_dim) {
         int is_wide = from + SPAN * LANES <= d->value_dim;
@@ -175,7 +170,7 @@ static void run_head(void *job, int64_t item) {
 int64_t native_max_head_dim(void) { return MAX_DIM; }
 
 /* output: (T, num_heads * group, value_dim), only the rows' tokens are written; query: heads query_head_stride and tokens
-   query_token_stride floats apart; keys, values: (blocks, block_tokens, num_heads, dim). */
+   query_token_stride floats apart; keys, values: (blocks, num_heads, block_tokens, dim). */
 void native_decode_attention(float *output, const float *query, const float *keys, const float *values, const void *rows,
                              const void *blocks, int64_t num_rows, int64_t num_heads, int64_t group, int64_t key_dim,
                              int64_t value_dim, int64_t block_tokens, int64_t query_head_stride,
@@ -185,15 +180,16 @@ void native_decode_attention(float *output, const float *query, const float *key
     run_items(run_head, &d, num_rows * num_heads, num_threads);
 }
 
-/* pool: (places, num_heads, dim); from: heads head_stride and tokens token_stride floats apart. A block that begins here is
-   cleared first, so that nothing of its last owner is left. */
+/* pool: (blocks, num_heads, block_tokens, dim); from: heads head_stride and tokens token_stride floats apart. A block that
+   begins here is cleared first, so that nothing of its last owner is left. */
 void native_write_cache(float *pool, const float *from, const void *places, int64_t num_tokens, int64_t num_heads,
                         int64_t dim, int64_t head_stride, int64_t token_stride, int64_t block_tokens) {
     const int64_t *to = places;
     for (int64_t t = 0; t < num_tokens; t++) {
-        float *place = pool + to[t] * num_heads * dim;
-        if (to[t] % block_tokens == 0) memset(place, 0, (size_t)(block_tokens * num_heads * dim) * 4);
+        int64_t block = to[t] / block_tokens, offset = to[t] % block_tokens;
+        float *place = pool + block * num_heads * block_tokens * dim;
+        if (offset == 0) memset(place, 0, (size_t)(block_tokens * num_heads * dim) * 4);
         for (int64_t h = 0; h < num_heads; h++)
-            memcpy(place + h * dim, from + t * token_stride + h * head_stride, (size_t)dim * 4);
+            memcpy(place + (h * block_tokens + offset) * dim, from + t * token_stride + h * head_stride, (size_t)dim * 4);
     }
 }

@@ -37,6 +37,37 @@ INLINE float lane_sum(vec value) {
     return lanes[0];
 }
 
+/* Cody-Waite reduction and a polynomial of degree 6: within 2 units in the last place of exp for x <= 0. */
+INLINE vec exp_vec(vec x) {
+    typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+    ivec is_low = x < -87.0f;
+    x = (vec)((is_low & (ivec)splat(-87.0f)) | (~is_low & (ivec)x));
+    vec n = x * 1.44269504f;
+    ivec whole = __builtin_convertvector(n - 0.5f, ivec); /* x <= 0: towards zero from below is the nearest */
+    vec f = __builtin_convertvector(whole, vec);
+    vec r = x - f * 0.693359375f - f * -2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec bits = (whole + 127) << 23;
+    return p * (vec)bits;
+}
+
+/* x / (1 + exp(-x)), by the exponential of a negative number on both sides of zero; below -100 it is as good as zero. */
+INLINE vec silu_vec(vec x) {
+    typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+    ivec is_low = x < -100.0f;
+    x = (vec)((is_low & (ivec)splat(-100.0f)) | (~is_low & (ivec)x));
+    ivec is_negative = x < 0.0f;
+    vec small = exp_vec((vec)((ivec)x | INT32_MIN));
+    vec top = (vec)((is_negative & (ivec)small) | (~is_negative & (ivec)splat(1.0f)));
+    return x * top / (small + 1.0f);
+}
+
 /* Call work(job, item) for every item below num_items, each once; idle threads take the next item. */
 typedef void (*work_item)(void *job, int64_t item);
 void run_items(work_item work, void *job, int64_t num_items, int num_threads);

@@ -2,25 +2,34 @@
 
    The weight lies in panels of PANEL outputs: panel p holds, input after input, its PANEL numbers, so that one pass reads
    memory in order and needs no sum across lanes. A tile of TILE_ROWS rows by three vectors stays in registers.
+   A weight whose values are those of NF4 may stay in 4 bits: a panel is unpacked where it is used, into a buffer that fits
+   the second cache, to the very same numbers. Source of NF4: https://arxiv.org/abs/2305.14314, section 3.
    Source of the scheme: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008, section 4. */
+#include <stdlib.h>
+
 #include "common.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #define WIDTH 3 /* vectors per panel; with TILE_ROWS it fills the registers */
 #define PANEL (WIDTH * LANES)
-#define CHUNK 4 /* panels per item: long runs of memory for one core */
+#define BLOCK 64 /* inputs that share a scale in NF4 */
 
 typedef struct {
     float *y;
     const float *x, *weight, *bias;
+    const uint8_t *codes; /* of NF4, [panel][pair of inputs][PANEL], the first of a pair in the low half; else null */
+    const float *scales, *table; /* of NF4, [panel][block][PANEL] and the 16 numbers */
     int64_t num_rows, num_in, num_out, y_stride, x_stride;
 } product;
 
 int64_t native_panel_f32(void) { return PANEL; }
 
 #define TILE(ROWS)                                                                                                    \
-    static void tile_##ROWS(const product *p, int64_t row, int64_t panel) {                                          \
+    static void tile_##ROWS(const product *p, int64_t row, int64_t panel, const float *weight) {                     \
         vec sums[ROWS][WIDTH];                                                                                        \
-        const float *weight = p->weight + panel * p->num_in * PANEL;                                                  \
         const float *x = p->x + row * p->x_stride;                                                                    \
         for (int m = 0; m < ROWS; m++)                                                                                \
             for (int v = 0; v < WIDTH; v++) sums[m][v] = splat(0);                                                    \
@@ -51,32 +60,71 @@ TILE(7)
 TILE(8)
 #endif
 
-static void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t panel) {
+static void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t panel, const float *weight) {
     switch (num_rows) {
-        case 1: tile_1(p, row, panel); break;
-        case 2: tile_2(p, row, panel); break;
-        case 3: tile_3(p, row, panel); break;
-        case 4: tile_4(p, row, panel); break;
+        case 1: tile_1(p, row, panel, weight); break;
+        case 2: tile_2(p, row, panel, weight); break;
+        case 3: tile_3(p, row, panel, weight); break;
+        case 4: tile_4(p, row, panel, weight); break;
 #if TILE_ROWS == 8
-        case 5: tile_5(p, row, panel); break;
-        case 6: tile_6(p, row, panel); break;
-        case 7: tile_7(p, row, panel); break;
-        case 8: tile_8(p, row, panel); break;
+        case 5: tile_5(p, row, panel, weight); break;
+        case 6: tile_6(p, row, panel, weight); break;
+        case 7: tile_7(p, row, panel, weight); break;
+        case 8: tile_8(p, row, panel, weight); break;
 #endif
     }
 }
 
-static void run_panels(void *job, int64_t item) {
+INLINE void unpack_pair(float *low, float *high, const uint8_t *codes, const float *scales, const float *table) {
+#if defined(__AVX512F__)
+    __m512 values = _mm512_loadu_ps(table), scale = _mm512_loadu_ps(scales);
+    __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes)); /* Only 4 bits choose a value. */
+    _mm512_storeu_ps(low, _mm512_mul_ps(_mm512_permutexvar_ps(pair, values), scale));
+    _mm512_storeu_ps(high, _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), values), scale));
+#else
+    for (int i = 0; i < LANES; i++) {
+        low[i] = table[codes[i] & 15] * scales[i];
+        high[i] = table[codes[i] >> 4] * scales[i];
+    }
+#endif
+}
+
+/* Return a panel of NF4 as float32, [input][PANEL], in a buffer of this thread. */
+static const float *unpack(const product *p, int64_t panel) {
+    static _Thread_local float *buffer;
+    static _Thread_local int64_t size;
+    if (size < p->num_in * PANEL) {
+        free(buffer);
+        size = p->num_in * PANEL;
+        buffer = aligned_alloc(64, (size_t)size * 4); /* BLOCK divides num_in. */
+    }
+    const uint8_t *codes = p->codes + panel * p->num_in / 2 * PANEL;
+    const float *scales = p->scales + panel * p->num_in / BLOCK * PANEL;
+    for (int64_t k = 0; k < p->num_in; k += 2, codes += PANEL)
+        for (int v = 0; v < PANEL; v += LANES)
+            unpack_pair(buffer + k * PANEL + v, buffer + (k + 1) * PANEL + v, codes + v, scales + k / BLOCK * PANEL + v,
+                        p->table);
+    return buffer;
+}
+
+static void run_panel(void *job, int64_t panel) {
     const product *p = job;
-    int64_t num_panels = CEIL_DIV(p->num_out, PANEL);
-    for (int64_t panel = item * CHUNK; panel < MIN((item + 1) * CHUNK, num_panels); panel++)
-        for (int64_t row = 0; row < p->num_rows; row += TILE_ROWS)
-            run_tile(p, row, MIN(TILE_ROWS, p->num_rows - row), panel);
+    const float *weight = p->codes ? unpack(p, panel) : p->weight + panel * p->num_in * PANEL;
+    for (int64_t row = 0; row < p->num_rows; row += TILE_ROWS)
+        run_tile(p, row, MIN(TILE_ROWS, p->num_rows - row), panel, weight);
 }
 
 /* x: (num_rows, num_in), y: (num_rows, num_out), rows x_stride and y_stride floats apart; bias: (num_out,) or null. */
 void native_gemm_f32(float *y, const float *x, const float *weight, const float *bias, int64_t num_rows, int64_t num_in,
                      int64_t num_out, int64_t y_stride, int64_t x_stride, int num_threads) {
-    product p = {y, x, weight, bias, num_rows, num_in, num_out, y_stride, x_stride};
-    run_items(run_panels, &p, CEIL_DIV(CEIL_DIV(num_out, PANEL), CHUNK), num_threads);
+    product p = {y, x, weight, bias, 0, 0, 0, num_rows, num_in, num_out, y_stride, x_stride};
+    run_items(run_panel, &p, CEIL_DIV(num_out, PANEL), num_threads);
+}
+
+/* The same with a weight in NF4; BLOCK divides num_in. */
+void native_gemm_nf4(float *y, const float *x, const uint8_t *codes, const float *scales, const float *table,
+                     const float *bias, int64_t num_rows, int64_t num_in, int64_t num_out, int64_t y_stride,
+                     int64_t x_stride, int num_threads) {
+    product p = {y, x, 0, bias, codes, scales, table, num_rows, num_in, num_out, y_stride, x_stride};
+    run_items(run_panel, &p, CEIL_DIV(num_out, PANEL), num_threads);
 }

@@ -16,7 +16,6 @@
 #define WIDTH 2
 #define PANEL (WIDTH * OUTPUTS)
 #define ROWS 8
-#define CHUNK 4
 
 typedef int32_t sums16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float vec16 __attribute__((vector_size(64), aligned(4), may_alias));
@@ -137,15 +136,12 @@ INLINE void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t pa
     }
 }
 
-static void run_panels(void *job, int64_t item) {
+static void run_panel(void *job, int64_t panel) {
     const product *p = job;
-    int64_t num_panels = CEIL_DIV(p->num_out, PANEL);
-    for (int64_t panel = item * CHUNK; panel < MIN((item + 1) * CHUNK, num_panels); panel++) {
-        int64_t row = 0;
-        for (; row + ROWS <= p->num_rows; row += ROWS) run_tile(p, row, ROWS, panel);
-        for (; row + 2 <= p->num_rows; row += 2) run_tile(p, row, 2, panel);
-        if (row < p->num_rows) run_tile(p, row, 1, panel);
-    }
+    int64_t row = 0;
+    for (; row + ROWS <= p->num_rows; row += ROWS) run_tile(p, row, ROWS, panel);
+    for (; row + 2 <= p->num_rows; row += 2) run_tile(p, row, 2, panel);
+    if (row < p->num_rows) run_tile(p, row, 1, panel);
 }
 
 /* y: (num_rows, num_out), rows y_stride floats apart; codes, scales, offsets: of native_quantize_rows. */
@@ -153,5 +149,5 @@ void native_gemm_int8(float *y, const int8_t *codes, const float *scales, const 
                       const float *weight_scales, const float *bias, int64_t num_rows, int64_t num_in, int64_t num_out,
                       int64_t y_stride, int num_threads) {
     product p = {y, codes, scales, weight_scales, bias, offsets, weight, num_rows, num_in, num_out, y_stride};
-    run_items(run_panels, &p, CEIL_DIV(CEIL_DIV(num_out, PANEL), CHUNK), num_threads);
+    run_items(run_panel, &p, CEIL_DIV(num_out, PANEL), num_threads);
 }

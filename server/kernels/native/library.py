@@ -34,11 +34,14 @@ _COMPILE_TIMEOUT_S = 300
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[object, ...]] = {
     "gemm_f32": (*[_P] * 4, *[_N] * 5, _I),
+    "gemm_nf4": (*[_P] * 6, *[_N] * 5, _I),
     "quantize_rows": (*[_P] * 4, *[_N] * 3, _I),
     "gemm_int8": (*[_P] * 7, *[_N] * 4, _I),
     "apply_deltas": (*[_P] * 6, *[_N] * 7, _I),
     "decode_attention": (*[_P] * 6, *[_N] * 9, _F, _I),
-    "rms_norm": (*[_P] * 3, *[_N] * 2, _F),
+    "rms_norm": (*[_P] * 5, *[_N] * 2, _F, _I),
+    "silu_product": (*[_P] * 2, *[_N] * 2, _I),
+    "rotate": (*[_P] * 3, *[_N] * 5, _I),
     "write_cache": (*[_P] * 3, *[_N] * 6),
 }
 
@@ -52,11 +55,14 @@ class Library:
     """
 
     gemm_f32: Callable[..., None]
+    gemm_nf4: Callable[..., None]
     quantize_rows: Callable[..., None]
     gemm_int8: Callable[..., None]
     apply_deltas: Callable[..., None]
     decode_attention: Callable[..., None]
     rms_norm: Callable[..., None]
+    silu_product: Callable[..., None]
+    rotate: Callable[..., None]
     write_cache: Callable[..., None]
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights packed for products with few rows, in float32 or in 8-bit integers, and the products.
+"""Weights packed for products with few rows, in float32, NF4 or 8-bit integers, and the products.
 
 Knows tensors. A row's product does not depend on how many rows there are, to the last bit: every sum runs in one order.
 """
@@ -13,10 +13,30 @@ from torch.nn import functional
 
 from server.kernels.native.library import Library
 
-__all__ = ["FloatWeight", "Int8Weight", "PackedWeight"]
+__all__ = ["FloatWeight", "Int8Weight", "NF4Weight", "PackedWeight", "nf4_parts"]
 
 _LARGEST_CODE = 127  # Signed bytes without -128, so that codes are symmetric.
 _CODE_OFFSET = 128
+_NF4_BLOCK = 64
+# Quantiles of a normal distribution, scaled to [-1, 1]. Source: https://arxiv.org/abs/2305.14314, appendix E.
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 class PackedWeight(Protocol):
@@ -64,6 +84,67 @@ class FloatWeight:
     def unpacked(self) -> Tensor:
         """Return the weight (O, H) float32 this multiplies with."""
         return self._panels.permute(0, 2, 1).reshape(-1, self.shape[1])[: self.shape[0]]
+
+
+class NF4Weight:
+    """A weight in NF4, 4 bits and one float32 scale per 64 inputs, that multiplies as its float32 values do."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, library: Library) -> None:
+        """codes: (O, H) uint8 below 16, scales: (O, H / 64) float32, as `nf4_parts` returns them."""
+        self.shape = (codes.shape[0], codes.shape[1])
+        self._library = library
+        self._table = torch.tensor(_NF4, dtype=torch.float32)
+        panels = _panels(codes, library.panel_f32)  # (P, outputs, H)
+        pairs = panels[..., ::2] + panels[..., 1::2] * 16
+        self._codes = pairs.permute(0, 2, 1).contiguous()  # [panel][pair of inputs][output]
+        self._scales = _panels(scales, library.panel_f32).permute(0, 2, 1).contiguous()  # [panel][block][output]
+        self.size_bytes = self._codes.nbytes + self._scales.nbytes
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + bias (T, O) for x (T, H) float32 whose rows are contiguous."""
+        num_out, num_in = self.shape
+        y = torch.empty(x.shape[0], num_out)
+        self._library.gemm_nf4(
+            y.data_ptr(),
+            x.data_ptr(),
+            self._codes.data_ptr(),
+            self._scales.data_ptr(),
+            self._table.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.shape[0],
+            num_in,
+            num_out,
+            num_out,
+            x.stride(0),
+            self._library.num_threads,
+        )
+        return y
+
+    def unpacked(self) -> Tensor:
+        """Return the weight (O, H) float32 this multiplies with."""
+        num_out, num_in = self.shape
+        pairs = self._codes.permute(0, 2, 1).flatten(0, 1)[:num_out]
+        codes = torch.stack([pairs % 16, pairs // 16], dim=-1).flatten(1)
+        scales = self._scales.permute(0, 2, 1).flatten(0, 1)[:num_out]
+        return (self._table[codes.int()].view(num_out, -1, _NF4_BLOCK) * scales[..., None]).view(num_out, num_in)
+
+
+def nf4_parts(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the codes (O, H) uint8 and scales (O, H / 64) float32 of a weight whose values NF4 holds exactly, or None.
+
+    A block of NF4 always has a value of plus or minus its scale, because the scale was its largest value.
+    """
+    num_out, num_in = weight.shape
+    if num_in % _NF4_BLOCK:
+        return None
+    table = torch.tensor(_NF4, dtype=torch.float32)
+    blocks = weight.to(torch.float32).view(num_out, -1, _NF4_BLOCK)
+    scales = blocks.abs().amax(dim=-1)
+    middles = (table[1:] + table[:-1]) / 2
+    codes = torch.bucketize(blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None], middles)
+    if not torch.equal(table[codes] * scales[..., None], blocks):
+        return None
+    return codes.to(torch.uint8).view(num_out, num_in), scales
 
 
 class Int8Weight:
