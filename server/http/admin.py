@@ -1,4 +1,4 @@
-"""`/admin/v1/adapters`: what is loaded, load one now, and what it does to the base.
+"""`/admin/v1/adapters`: what is loaded, load or unload one now, and what it does to the base.
 
 There are no keys yet: the server listens on loopback only, so whoever reaches it may do this.
 """
@@ -11,14 +11,14 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from adapterhub.base.prompts import text_token_ids
-from adapterhub.errors import AdapterHubError, NotFoundError, RequestError
+from adapterhub.errors import AdapterHubError, ConflictError, NotFoundError, RequestError
 from adapterhub.records import EffectReport
 from server.engine.probe import PROBE_PROMPT, probe
 from server.engine.types import AdapterHandle, Tier
 from server.http.adapters import BASE
 from server.http.service import Service, get_service
 
-__all__ = ["AdapterEffect", "AdapterResidency", "Residency", "router"]
+__all__ = ["AdapterEffect", "AdapterResidency", "Residency", "UnloadedAdapter", "router"]
 
 router = APIRouter(prefix="/admin/v1/adapters")
 
@@ -45,6 +45,13 @@ class AdapterEffect(BaseModel):
     effect: EffectReport
 
 
+class UnloadedAdapter(BaseModel):
+    """One version that is neither in a slot nor on the host."""
+
+    adapter: str
+    digest: str
+
+
 @router.get("")
 async def list_resident(request: Request) -> Residency:
     """List what is in a slot of the device or on the host."""
@@ -64,6 +71,19 @@ async def load_adapter(ref: str, request: Request) -> AdapterEffect:
     report = report.model_copy(update={"probe": await probe(service.engine, handle, prompt)})
     await asyncio.to_thread(service.adapters.store.record_effect, handle.digest, report)
     return _effect(handle, report)
+
+
+@router.post("/{ref}/unload")
+async def unload_adapter(ref: str, request: Request) -> UnloadedAdapter:
+    """Forget an adapter on the device and on the host; one that is not loaded is no error. It stays published."""
+    service = get_service(request)
+    handle = await asyncio.to_thread(_resolve, service, ref)
+    if not await service.engine.unload(handle.digest):
+        raise ConflictError(
+            f"Adapter {handle.label!r} stays loaded: requests use it or wait for it.",
+            "Try again when they have ended.",
+        ).at("ref")
+    return UnloadedAdapter(adapter=handle.label, digest=f"sha256:{handle.digest}")
 
 
 @router.get("/{ref}/effect")

@@ -1,9 +1,11 @@
-"""`/admin/v1/adapters`: load, effect, residency; and `hub adapters show`, which prints what was measured."""
+"""`/admin/v1/adapters`: load, unload, effect, residency; and `hub adapters show`, which prints what was measured."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -14,8 +16,10 @@ from adapterhub.cli.main import app
 from adapterhub.records import EffectReport
 from adapterhub.store import Store
 from server.engine.build import build_engine
+from server.engine.engine import NativeEngine
 from server.http import create_app
 from tests.support.adapters import write_adapter
+from tests.support.fake_runner import FakeRunner
 from tests.support.live_server import live_server
 
 ADMIN = "/admin/v1/adapters"
@@ -84,8 +88,44 @@ def test_residency_names_what_is_loaded_and_where(client: httpx.Client, store: S
     }
 
 
+def test_an_unloaded_adapter_is_gone_until_it_is_asked_for_again(client: httpx.Client, store: Store) -> None:
+    digest = f"sha256:{store.get_version('summarize').serving_digest}"
+    asked = {"prompt": "x", "max_tokens": 4, "temperature": 0, "adapter": "summarize"}
+    answer = client.post("/v1/completions", json=asked).raise_for_status().json()["choices"]
+    reply = client.post(f"{ADMIN}/summarize@stable/unload").raise_for_status()
+    assert reply.json() == {"adapter": "summarize@v1", "digest": digest}
+    assert client.get(ADMIN).json() == {"data": []}
+    assert client.post(f"{ADMIN}/{digest}/unload").raise_for_status().json() == reply.json()  # Nothing was loaded.
+    assert client.post("/v1/completions", json=asked).json()["choices"] == answer
+    assert [one["digest"] for one in client.get(ADMIN).json()["data"]] == [digest]
+
+
+def test_an_adapter_in_use_stays_loaded_until_its_request_has_ended(lab) -> None:
+    engine = NativeEngine(FakeRunner(step_s=0.02), lab.tokenizer, lab.base)
+    asked = {"prompt": "x", "max_tokens": 100, "ignore_eos": True, "adapter": "summarize@v1"}
+    with (
+        live_server(create_app(engine, lab.store, lab.base, lab.tokenizer)) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        answer = pool.submit(client.post, "/v1/completions", json=asked)
+        while "device" not in [one["tier"] for one in client.get(ADMIN).json()["data"]]:
+            time.sleep(0.01)
+        error = _error(client.post(f"{ADMIN}/summarize@v1/unload"), 409)
+        assert error["message"] == (
+            "Adapter 'summarize@v1' stays loaded: requests use it or wait for it. Try again when they have ended."
+        )
+        assert (error["param"], error["code"]) == ("ref", "conflict")
+        assert [one["labels"] for one in client.get(ADMIN).json()["data"]] == [["summarize@v1"]]
+        assert answer.result().json()["usage"]["completion_tokens"] == 100
+        while engine.status().num_running:
+            time.sleep(0.01)
+        client.post(f"{ADMIN}/summarize@v1/unload").raise_for_status()
+        assert client.get(ADMIN).json() == {"data": []}
+
+
 def test_names_that_mean_no_adapter_are_refused(client: httpx.Client) -> None:
-    for method, action in (("POST", "load"), ("GET", "effect")):
+    for method, action in (("POST", "load"), ("POST", "unload"), ("GET", "effect")):
         error = _error(client.request(method, f"{ADMIN}/sumarize/{action}"), 404)
         assert error["message"] == "No adapter 'sumarize' among 2 published. Did you mean 'summarize'?"
         assert (error["param"], error["code"]) == ("ref", "adapter_not_found")
@@ -95,8 +135,8 @@ def test_names_that_mean_no_adapter_are_refused(client: httpx.Client) -> None:
 
 def test_an_adapter_of_another_base_is_not_loaded(lab, serve) -> None:
     with serve(lab.engine()) as client:
-        error = _error(client.post(f"{ADMIN}/foreign/load"), 409)
-    assert error["code"] == "base_mismatch"
+        for action in ("load", "unload"):
+            assert _error(client.post(f"{ADMIN}/foreign/{action}"), 409)["code"] == "base_mismatch"
 
 
 def test_an_effect_that_was_not_measured_yet_says_how_to_measure_it(client: httpx.Client) -> None:
