@@ -71,7 +71,9 @@ async def _on_http_exception(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     path, status = request.url.path, exc.status_code
     if status == 404:
-        hint = "Routes: /v1/chat/completions, /v1/completions, /v1/models, /health/ready; see /docs."
+        hint = (
+            "Routes: /v1/chat/completions, /v1/completions, /v1/models, /admin/v1/adapters, /health/ready; see /docs."
+        )
         return _respond(request, NotFoundError(f"No route {path!r}.", hint), code="unknown_route")
     if status == 405:
         allowed = (exc.headers or {}).get("Allow", "another method")

@@ -242,7 +242,10 @@ def test_a_chat_template_that_refuses_is_quoted(lab, serve, monkeypatch: pytest.
 def test_unknown_routes_and_methods_get_the_same_shape(client: httpx.Client) -> None:
     error = _error(client.post("/v1/chat/completion"), 404)
     assert error["code"] == "unknown_route"
-    assert error["message"].startswith("No route '/v1/chat/completion'. Routes: /v1/chat/completions,")
+    assert error["message"] == (
+        "No route '/v1/chat/completion'. Routes: /v1/chat/completions, /v1/completions, /v1/models, "
+        "/admin/v1/adapters, /health/ready; see /docs."
+    )
     response = client.get(CHAT)
     error = _error(response, 405)
     assert error["message"] == "GET is not allowed for '/v1/chat/completions'. Use POST."
