@@ -2,8 +2,8 @@
 
    The weight lies in panels of PANEL outputs: panel p holds, input after input, its PANEL numbers, so that one pass reads
    memory in order and needs no sum across lanes. A tile of TILE_ROWS rows by three vectors stays in registers.
-   A weight whose values are those of NF4 may stay in 4 bits: a panel is unpacked where it is used, into a buffer that fits
-   the second cache, to the very same numbers. Source of NF4: https://arxiv.org/abs/2305.14314, section 3.
+   A weight whose values are those of NF4 may stay in 4 bits: a block of a panel is unpacked where it is used, into a buffer that
+   fits the first cache, to the very same numbers. Source of NF4: https://arxiv.org/abs/2305.14314, section 3.
    Source of the scheme: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008, section 4. */
 #include <stdlib.h>
 
@@ -27,27 +27,22 @@ typedef struct {
 
 int64_t native_panel_f32(void) { return PANEL; }
 
+/* sums[m][i] += x[m][k] weight[k][i], in the order of k; x: rows x_stride floats apart, sums: rows of PANEL floats. */
 #define TILE(ROWS)                                                                                                    \
-    static void tile_##ROWS(const product *p, int64_t row, int64_t panel, const float *weight) {                     \
-        vec sums[ROWS][WIDTH];                                                                                        \
-        const float *x = p->x + row * p->x_stride;                                                                    \
+    static void tile_##ROWS(float *sums, const float *x, int64_t x_stride, const float *weight, int64_t num_in) {    \
+        vec tile[ROWS][WIDTH];                                                                                        \
         for (int m = 0; m < ROWS; m++)                                                                                \
-            for (int v = 0; v < WIDTH; v++) sums[m][v] = splat(0);                                                    \
-        for (int64_t k = 0; k < p->num_in; k++, weight += PANEL) {                                                    \
+            for (int v = 0; v < WIDTH; v++) tile[m][v] = load(sums + m * PANEL + v * LANES);                          \
+        for (int64_t k = 0; k < num_in; k++, weight += PANEL) {                                                       \
             vec columns[WIDTH];                                                                                       \
             for (int v = 0; v < WIDTH; v++) columns[v] = load(weight + v * LANES);                                    \
             for (int m = 0; m < ROWS; m++) {                                                                          \
-                vec input = splat(x[m * p->x_stride + k]);                                                            \
-                for (int v = 0; v < WIDTH; v++) sums[m][v] += columns[v] * input;                                     \
+                vec input = splat(x[m * x_stride + k]);                                                               \
+                for (int v = 0; v < WIDTH; v++) tile[m][v] += columns[v] * input;                                     \
             }                                                                                                         \
         }                                                                                                             \
-        int64_t first = panel * PANEL, num_left = MIN(PANEL, p->num_out - first);                                     \
-        for (int m = 0; m < ROWS; m++) {                                                                              \
-            float *y = p->y + (row + m) * p->y_stride + first;                                                        \
-            float found[PANEL];                                                                                       \
-            for (int v = 0; v < WIDTH; v++) store(found + v * LANES, sums[m][v]);                                     \
-            for (int64_t i = 0; i < num_left; i++) y[i] = found[i] + (p->bias ? p->bias[first + i] : 0);              \
-        }                                                                                                             \
+        for (int m = 0; m < ROWS; m++)                                                                                \
+            for (int v = 0; v < WIDTH; v++) store(sums + m * PANEL + v * LANES, tile[m][v]);                          \
     }
 TILE(1)
 TILE(2)
@@ -60,19 +55,23 @@ TILE(7)
 TILE(8)
 #endif
 
-static void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t panel, const float *weight) {
-    switch (num_rows) {
-        case 1: tile_1(p, row, panel, weight); break;
-        case 2: tile_2(p, row, panel, weight); break;
-        case 3: tile_3(p, row, panel, weight); break;
-        case 4: tile_4(p, row, panel, weight); break;
+/* The same for any number of rows. */
+static void add_products(float *sums, const float *x, int64_t x_stride, const float *weight, int64_t num_in,
+                         int64_t num_rows) {
+    for (; num_rows > 0; num_rows -= TILE_ROWS, sums += TILE_ROWS * PANEL, x += TILE_ROWS * x_stride) switch (num_rows) {
+            case 1: tile_1(sums, x, x_stride, weight, num_in); break;
+            case 2: tile_2(sums, x, x_stride, weight, num_in); break;
+            case 3: tile_3(sums, x, x_stride, weight, num_in); break;
 #if TILE_ROWS == 8
-        case 5: tile_5(p, row, panel, weight); break;
-        case 6: tile_6(p, row, panel, weight); break;
-        case 7: tile_7(p, row, panel, weight); break;
-        case 8: tile_8(p, row, panel, weight); break;
+            case 4: tile_4(sums, x, x_stride, weight, num_in); break;
+            case 5: tile_5(sums, x, x_stride, weight, num_in); break;
+            case 6: tile_6(sums, x, x_stride, weight, num_in); break;
+            case 7: tile_7(sums, x, x_stride, weight, num_in); break;
+            default: tile_8(sums, x, x_stride, weight, num_in);
+#else
+            default: tile_4(sums, x, x_stride, weight, num_in);
 #endif
-    }
+        }
 }
 
 INLINE void unpack_pair(float *low, float *high, const uint8_t *codes, const float *scales, const float *table) {
@@ -89,29 +88,44 @@ INLINE void unpack_pair(float *low, float *high, const uint8_t *codes, const flo
 #endif
 }
 
-/* Return a panel of NF4 as float32, [input][PANEL], in a buffer of this thread. */
-static const float *unpack(const product *p, int64_t panel) {
-    static _Thread_local float *buffer;
-    static _Thread_local int64_t size;
-    if (size < p->num_in * PANEL) {
-        free(buffer);
-        size = p->num_in * PANEL;
-        buffer = aligned_alloc(64, (size_t)size * 4); /* BLOCK divides num_in. */
-    }
-    const uint8_t *codes = p->codes + panel * p->num_in / 2 * PANEL;
-    const float *scales = p->scales + panel * p->num_in / BLOCK * PANEL;
-    for (int64_t k = 0; k < p->num_in; k += 2, codes += PANEL)
+/* Unpack one block of a panel of NF4 to [input][PANEL]. */
+INLINE void unpack(float *to, const uint8_t *codes, const float *scales, const float *table) {
+    for (int k = 0; k < BLOCK; k += 2, codes += PANEL)
         for (int v = 0; v < PANEL; v += LANES)
-            unpack_pair(buffer + k * PANEL + v, buffer + (k + 1) * PANEL + v, codes + v, scales + k / BLOCK * PANEL + v,
-                        p->table);
-    return buffer;
+            unpack_pair(to + k * PANEL + v, to + (k + 1) * PANEL + v, codes + v, scales + v, table);
+}
+
+/* Sums of this thread: they outlive the call, because a fresh page for every panel costs more than the panel. */
+static float *borrow_sums(int64_t num_rows) {
+    static _Thread_local float *sums;
+    static _Thread_local int64_t size;
+    if (size < num_rows) {
+        free(sums);
+        size = num_rows;
+        sums = aligned_alloc(64, (size_t)CEIL_DIV(size * PANEL * 4, 64) * 64);
+    }
+    memset(sums, 0, (size_t)(num_rows * PANEL) * 4);
+    return sums;
 }
 
 static void run_panel(void *job, int64_t panel) {
     const product *p = job;
-    const float *weight = p->codes ? unpack(p, panel) : p->weight + panel * p->num_in * PANEL;
-    for (int64_t row = 0; row < p->num_rows; row += TILE_ROWS)
-        run_tile(p, row, MIN(TILE_ROWS, p->num_rows - row), panel, weight);
+    float *sums = borrow_sums(p->num_rows);
+    if (p->codes) {
+        float block[BLOCK * PANEL] __attribute__((aligned(64)));
+        for (int64_t first = 0; first < p->num_in; first += BLOCK) {
+            int64_t place = panel * p->num_in + first;
+            unpack(block, p->codes + place / 2 * PANEL, p->scales + place / BLOCK * PANEL, p->table);
+            add_products(sums, p->x + first, p->x_stride, block, BLOCK, p->num_rows);
+        }
+    } else {
+        add_products(sums, p->x, p->x_stride, p->weight + panel * p->num_in * PANEL, p->num_in, p->num_rows);
+    }
+    int64_t first = panel * PANEL, num_left = MIN(PANEL, p->num_out - first);
+    for (int64_t row = 0; row < p->num_rows; row++) {
+        float *y = p->y + row * p->y_stride + first;
+        for (int64_t i = 0; i < num_left; i++) y[i] = sums[row * PANEL + i] + (p->bias ? p->bias[first + i] : 0);
+    }
 }
 
 /* x: (num_rows, num_in), y: (num_rows, num_out), rows x_stride and y_stride floats apart; bias: (num_out,) or null. */
