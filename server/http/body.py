@@ -26,11 +26,13 @@ def _shown(value: object) -> str:
 class Body(BaseModel):
     """Refuses what is neither a field nor neutral, and removes what is neutral.
 
-    neutral: fields known to clients but without support here, and the values besides null that ask for nothing.
+    neutral: fields known to clients but without support here, and the values besides null that ask for nothing; place:
+    of an object inside another, the path that errors begin with.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     neutral: ClassVar[Neutral] = {}
+    place: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -44,11 +46,17 @@ class Body(BaseModel):
                 kept[field] = value
             elif field not in cls.neutral:
                 near = suggest(field, known, otherwise=f"Supported: {', '.join(sorted(known))}.")
-                raise UnsupportedFieldError(f"Unknown field {field!r}.", near).at(field)
+                path = cls._path(field)
+                raise UnsupportedFieldError(f"Unknown field {path!r}.", near).at(path)
             elif not _is_neutral(value, cls.neutral[field]):
                 allowed = " or ".join(repr(one) for one in [None, *cls.neutral[field]])
+                path = cls._path(field)
                 raise UnsupportedFieldError(
-                    f"Field {field!r} with the value {_shown(value)} is not supported by this server.",
+                    f"Field {path!r} with the value {_shown(value)} is not supported by this server.",
                     f"Leave it out (or send {allowed}).",
-                ).at(field)
+                ).at(path)
         return kept
+
+    @classmethod
+    def _path(cls, field: str) -> str:
+        return f"{cls.place}.{field}" if cls.place else field

@@ -21,6 +21,7 @@ __all__ = ["ResponseFormat", "StructuredOutputs"]
 class _TextFormat(Body):
     """Free text."""
 
+    place: ClassVar[str] = "response_format"
     type: Literal["text"]
 
     def rule(self) -> None:
@@ -30,6 +31,7 @@ class _TextFormat(Body):
 class _JsonObjectFormat(Body):
     """Any JSON object."""
 
+    place: ClassVar[str] = "response_format"
     type: Literal["json_object"]
 
     def rule(self) -> OutputRule:
@@ -40,6 +42,7 @@ class _JsonObjectFormat(Body):
 class _NamedSchema(Body):
     """A JSON schema. strict: accepted for clients that send it; an answer always matches its schema."""
 
+    place: ClassVar[str] = "response_format.json_schema"
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     schema_: dict[str, JsonValue] = Field(alias="schema")
@@ -49,6 +52,7 @@ class _NamedSchema(Body):
 class _JsonSchemaFormat(Body):
     """JSON that matches a schema."""
 
+    place: ClassVar[str] = "response_format"
     type: Literal["json_schema"]
     json_schema: _NamedSchema
 
@@ -73,6 +77,7 @@ class StructuredOutputs(Body):
         "structural_tag": (),
         "whitespace_pattern": (),
     }
+    place: ClassVar[str] = "structured_outputs"
     regex: str | None = None
     json_: str | dict[str, JsonValue] | None = Field(None, alias="json")
 

@@ -95,6 +95,7 @@ class StreamOptions(Body):
     """include_usage: send one more chunk with the token counts."""
 
     neutral: ClassVar[Neutral] = {"include_obfuscation": (False,)}
+    place: ClassVar[str] = "stream_options"
     include_usage: bool | None = None
 
 

@@ -299,8 +299,23 @@ SCHEMA = {"name": "part", "schema": {"type": "object"}, "strict": True}
         ),
         (
             {"response_format": {"type": "json_object", "schema": {}}},
-            "schema",
-            "Unknown field 'schema'. Supported: type.",
+            "response_format.schema",
+            "Unknown field 'response_format.schema'. Supported: type.",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": SCHEMA | {"stict": True}}},
+            "response_format.json_schema.stict",
+            "Unknown field 'response_format.json_schema.stict'. Did you mean 'strict'?",
+        ),
+        (
+            {"structured_outputs": {"regexp": "a"}},
+            "structured_outputs.regexp",
+            "Unknown field 'structured_outputs.regexp'. Did you mean 'regex'?",
+        ),
+        (
+            {"stream": True, "stream_options": {"include_usages": True}},
+            "stream_options.include_usages",
+            "Unknown field 'stream_options.include_usages'. Did you mean 'include_usage'?",
         ),
         (
             {"ignore_eos": True, "response_format": {"type": "json_object"}},
@@ -319,8 +334,9 @@ SCHEMA = {"name": "part", "schema": {"type": "object"}, "strict": True}
         ),
         (
             {"structured_outputs": {"choice": ["a", "b"]}},
-            "choice",
-            "Field 'choice' with the value ['a', 'b'] is not supported by this server. Leave it out (or send None).",
+            "structured_outputs.choice",
+            "Field 'structured_outputs.choice' with the value ['a', 'b'] is not supported by this server. "
+            "Leave it out (or send None).",
         ),
         (
             {"structured_outputs": {"json": "{'a'}"}},
