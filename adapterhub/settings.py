@@ -39,7 +39,12 @@ class Settings(BaseModel):
     recipes: Path | None = Field(
         default=None, description="Extra folder of <task>/recipe.yaml, searched before the shipped ones."
     )
-    threads: int = Field(default=0, ge=0, le=512, description="CPU threads of torch; 0 leaves torch's own choice.")
+    threads: int = Field(
+        default=0,
+        ge=0,
+        le=512,
+        description="CPU threads of torch; 0 leaves torch's own choice. The compiled kernels use the same number.",
+    )
 
     @property
     def assets_dir(self) -> Path:
