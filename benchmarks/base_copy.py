@@ -1,7 +1,7 @@
 """The base that every benchmark uses, and float32 copies of exactly the values it computes with, for the peers.
 
-Our systems read the base as `hub serve` does: quantized to `QUANTIZATION`, its values dequantized. Peers know other
-4-bit formats with other values, so they read these values as float32: safetensors for transformers, PEFT and vLLM, GGUF
+Our systems serve the base as `hub serve` does, in `QUANTIZATION`. On a CPU peers have no 4-bit product that gives these
+values, so they read them dequantized to float32: safetensors for transformers, PEFT and vLLM, GGUF
 for llama.cpp. What is made for a base lies in a folder named after its digest, so it never serves another base.
 """
 

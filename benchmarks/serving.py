@@ -6,7 +6,7 @@
 Every repetition runs all cases once, so that a slow hour touches all systems alike. A finished run is kept in
 `--cache`/runs/<name>: started again with the same options, the command continues where it was stopped, and tries failed
 runs again. The result is written after every run. Peers need `python -m benchmarks.peers.build` once. All systems
-compute with the values of one NF4 base: ours quantize it while loading, peers read these values as float32.
+compute with the values of one NF4 base: ours keep them in 4 bits, peers as float32.
 """
 
 from __future__ import annotations
