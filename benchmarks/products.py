@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from benchmarks.machine import describe_machine, describe_revision
 from server.kernels import Member, Segments, SlotWeights, pick_kernel
-from server.kernels.native import FloatWeight, Int8Weight, find_library
+from server.kernels.native import FloatWeight, Int8Weight, NF4Weight, find_library
 
 _LAYERS = 30
 _SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
@@ -57,11 +57,17 @@ def _ways() -> dict[str, Callable[[Tensor], _Multiply]]:
         made = kind(weight, library)
         return lambda x: made.product(x, None)
 
+    def in_nf4(weight: Tensor) -> _Multiply:
+        codes = torch.randint(16, weight.shape, dtype=torch.uint8)
+        made = NF4Weight(codes, torch.rand(weight.shape[0], weight.shape[1] // 64), library)
+        return lambda x: made.product(x, None)
+
     return {
         "F.linear": lambda weight: lambda x: functional.linear(x, weight),
         "W @ x.T": lambda weight: lambda x: weight @ x.t(),
         "torch dynamic int8": _dynamic_int8,
         "ours float32": lambda weight: packed(FloatWeight, weight),
+        "ours NF4": in_nf4,
         "ours int8": lambda weight: packed(Int8Weight, weight),
     }
 

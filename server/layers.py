@@ -105,7 +105,10 @@ class LinearGroup:
         owners = () if step is None or step.segments is None else step.segments.owner
         if step is None or self._used.isdisjoint(owners):
             return self._product(x)
-        y = self._product(x) if self._scaled.isdisjoint(owners) else self._scaled_product(x, step)
+        if self._scaled.isdisjoint(owners):
+            y = self._product(x, self._kernel.reads(segments=step.segments, members=self._members))
+        else:
+            y = self._scaled_product(x, step)
         gates = None if step.gates is None or self._layer_idx is None else step.gates[:, self._layer_idx]
         self._kernel.apply_deltas_(y, x, segments=step.segments, members=self._members, gates=gates)
         return y

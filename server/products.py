@@ -27,8 +27,8 @@ Compute = Literal["float32", "int8"]
 class Product(Protocol):
     """The product of one group of linears."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return a fresh x W^T + bias (T, O) for x (T, H) float32."""
+    def __call__(self, x: Tensor, ahead: Tensor | None = None) -> Tensor:
+        """Return a fresh x W^T + bias (T, O) for x (T, H) float32; ahead: see `server.kernels.base.Kernel.reads`."""
         ...
 
     def weight(self) -> Tensor:
@@ -65,8 +65,8 @@ class _PackedProduct:
         self._packed = packed
         self._bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._packed.product(x if x.stride(1) == 1 else x.contiguous(), self._bias)
+    def __call__(self, x: Tensor, ahead: Tensor | None = None) -> Tensor:
+        return self._packed.product(x if x.stride(1) == 1 else x.contiguous(), self._bias, ahead)
 
     def weight(self) -> Tensor:
         return self._packed.unpacked()
@@ -77,7 +77,8 @@ class _TorchProduct:
         self._weight = torch.cat([linear_weight(layer) for layer in layers])
         self._bias = _joined_bias(layers)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, ahead: Tensor | None = None) -> Tensor:
+        del ahead
         return functional.linear(x, self._weight, self._bias)
 
     def weight(self) -> Tensor:
@@ -94,7 +95,8 @@ class _FourBitProduct:
             # bfloat16, so that serving and training see different values (bitsandbytes 0.50, nn/modules.py).
             setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010  # pyright sees only nn.Module here.
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, ahead: Tensor | None = None) -> Tensor:
+        del ahead
         found = [layer(x) for layer in self._layers]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 

@@ -18,7 +18,7 @@ from server.engine.paged_kv import HeadShape, PagedKV, RowSpan, indices
 from server.engine.plain_attention import PlainAttention
 from server.step_context import current_step
 
-__all__ = ["ATTENTION_NAME", "AttentionProbe", "AttentionStep", "register_paged_attention"]
+__all__ = ["ATTENTION_NAME", "AttentionProbe", "AttentionStep", "register_paged_attention", "step_attention"]
 
 ATTENTION_NAME = "adapterhub_paged"
 # Arguments with which transformers asks for another formula; ignoring one would answer wrongly.
@@ -89,14 +89,20 @@ class AttentionStep:
         return output
 
 
+def step_attention() -> AttentionStep | AttentionProbe:
+    """Return the attention of the step in progress. Raises RuntimeError when there is none."""
+    step = current_step()
+    if step is None or step.attention is None:
+        raise RuntimeError("The model attends outside a step. Use `Runner.step`, which owns its keys and values.")
+    return step.attention
+
+
 def _paged_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Run the attention of `module` for the step in progress; the signature is that of transformers."""
     del attention_mask  # Always None: this function registers no mask.
-    step = current_step()
-    if step is None or step.attention is None:
-        raise RuntimeError("The model attends outside a step. Use `Runner.step`, which owns its keys and values.")
+    attention = step_attention()
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise UserInputError(
             f"{type(module).__name__} attends to later tokens, which this server does not compute.",
@@ -114,7 +120,7 @@ def _paged_attention(
         "window": kwargs.get("sliding_window"),
         "softcap": kwargs.get("softcap"),
     }
-    return step.attention.run(int(module.layer_idx), query, key, value, **terms), None  # pyright: ignore[reportArgumentType]  # Set by transformers.
+    return attention.run(int(module.layer_idx), query, key, value, **terms), None  # pyright: ignore[reportArgumentType]  # Set by transformers.
 
 
 def register_paged_attention() -> None:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from server.engine.attention import AttentionProbe
+from server.engine.attention import AttentionProbe, step_attention
 from server.kernels.native import Library
 from server.layers import AdapterLinear, LinearGroup
 from server.norms import CompiledNorm
-from server.step_context import StepContext, current_step, step_context
+from server.step_context import StepContext, step_context
 
 __all__ = ["fuse_layers_"]
 
@@ -79,9 +79,7 @@ class _FusedLayer:
         heads = qkv.view(1, num_tokens, -1, dim).transpose(1, 2)
         ends = [start // dim for start in self._starts]
         query, key, value = (heads[:, start:end] for start, end in pairwise(ends))
-        attention = cast("StepContext", current_step()).attention
-        assert attention is not None
-        return attention.run(parts.layer_idx, query, key, value, **parts.terms).view(num_tokens, -1)
+        return step_attention().run(parts.layer_idx, query, key, value, **parts.terms).view(num_tokens, -1)
 
 
 @torch.inference_mode()

@@ -99,10 +99,13 @@ class Kernel:
 
     scale_inputs(x, segments=, slots=) returns u (T, H) for one linear; x itself when no segment scales its input.
     apply_deltas_(y, x, segments=, members=, gates=None) turns y (T, O_total) = W u + bias into the result, in place.
-    x: (T, H), not scaled; gates: (T, K) float32, ones when None. What a row gets does not depend on the order of the
-    segments: it is bit-identical under permutation.
+    x: (T, H), not scaled; gates: (T, K) float32, ones when None.
+    reads(segments=, members=) tells what apply_deltas_ will read: (N, 2) int64, addresses and numbers of 64-byte lines,
+    for a product that can have them fetched; None where nothing is to be said. What a row gets does not depend on the
+    order of the segments: it is bit-identical under permutation.
     """
 
     name: str
     scale_inputs: Callable[..., Tensor]
     apply_deltas_: Callable[..., None]
+    reads: Callable[..., Tensor | None] = lambda **_: None

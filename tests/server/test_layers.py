@@ -35,9 +35,9 @@ class Counter:
         self.num_calls = 0
         self._inner = pick_products("float32", device="cpu")(layers)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, ahead: Tensor | None = None) -> Tensor:
         self.num_calls += 1
-        return self._inner(x)
+        return self._inner(x, ahead)
 
     def weight(self) -> Tensor:
         return self._inner.weight()

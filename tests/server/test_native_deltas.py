@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.kernels import Kernel, Member, Segments, SlotWeights, load_kernel
+from server.kernels import Kernel, Member, Segments, SlotWeights, by_columns, load_kernel
 from tests.support.kernel_cases import Case, build_case, exact, largest_error, run_cases
 from tests.support.native import require_library
 
@@ -213,3 +213,31 @@ def test_what_one_kernel_remembers_is_not_what_another_does() -> None:
         group.kernel = kernel
         group.slots[0][0] = lora(24, 40, 5)
         group.check(segments)
+
+
+def test_a_kernel_tells_what_it_will_read_each_tensor_once() -> None:
+    kernel = load_kernel("native")
+    shared = torch.randn(6, 20), torch.randn(9, 6)
+    slots = [
+        SlotWeights(a=torch.randn(3, 20), b=by_columns(torch.randn(9, 3))),
+        None,
+        SlotWeights(a=shared[0], b=by_columns(shared[1]), rank_scale=torch.ones(6)),
+        SlotWeights(out_scale=torch.ones(9)),
+        SlotWeights(a=torch.randn(5, 20), b=by_columns(torch.randn(9, 5))),
+    ]
+    slots.append(replace(slots[2], rank_scale=torch.zeros(6)))
+    member = Member(0, 9, slots)
+
+    def read(*owners: int) -> dict[int, int]:
+        found = kernel.reads(segments=Segments(owners, (1,) * len(owners)), members=[member])
+        assert len(dict(found.tolist())) == len(found)
+        return dict(found.tolist())
+
+    def lines(*owners: int) -> dict[int, int]:
+        tensors = [tensor for owner in owners for tensor in (slots[owner].a, slots[owner].b)]
+        return {tensor.data_ptr(): -(-tensor.nbytes // 64) for tensor in tensors}
+
+    assert read(0, -1, 1, 2, 5, 3) == lines(0, 2)
+    assert read(-1, 1) == {}
+    slots[0] = slots[4]
+    assert read(0) == lines(4)

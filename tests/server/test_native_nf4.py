@@ -78,3 +78,13 @@ def test_a_base_in_nf4_is_multiplied_in_nf4_and_others_are_not() -> None:
     product = pick_products("float32", device="cpu")(layers)
     assert largest_error(product(x), torch.cat(wanted, dim=1).double()) < 1e-6
     assert torch.equal(product.weight(), torch.cat([layer.weight for layer in layers]))
+
+
+@pytest.mark.parametrize("num_rows", [1, 9])
+def test_memory_fetched_ahead_changes_nothing(num_rows: int) -> None:
+    packed = pack(nf4_values(200, 128))
+    x = torch.randn(num_rows, 128)
+    memory = [torch.randn(num_floats) for num_floats in (16, 1, 4000, 100_000)]
+    reads = torch.tensor([[one.data_ptr(), -(-one.nbytes // 64)] for one in memory])
+    for ahead in (reads, reads[:1], reads[:0]):
+        assert torch.equal(packed.product(x, None, ahead), packed.product(x, None))

@@ -68,6 +68,38 @@ INLINE vec silu_vec(vec x) {
     return x * top / (small + 1.0f);
 }
 
+/* Memory that will be read soon. A product that is bound by arithmetic asks for it on the side, each item for its share. */
+typedef struct {
+    const char *from;
+    int64_t num_lines; /* of 64 bytes */
+} span;
+
+typedef struct {
+    const span *spans;
+    int64_t offset, num_left; /* lines: into the first span, and of the share */
+} share;
+
+INLINE share begin_share(const span *spans, int64_t num_spans, int64_t item, int64_t num_items) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < num_spans; i++) total += spans[i].num_lines;
+    int64_t first = total * item / num_items;
+    share s = {spans, first, total * (item + 1) / num_items - first};
+    for (; s.num_left && s.offset >= s.spans->num_lines; s.spans++) s.offset -= s.spans->num_lines;
+    return s;
+}
+
+/* Return the next piece of a share, at most `most` lines up to *end. */
+INLINE const char *take_piece(share *s, int64_t most, const char **end) {
+    if (!s->num_left) return *end = 0;
+    int64_t num_lines = MIN(most, MIN(s->num_left, s->spans->num_lines - s->offset));
+    const char *at = s->spans->from + s->offset * 64;
+    s->num_left -= num_lines;
+    s->offset += num_lines;
+    for (; s->num_left && s->offset >= s->spans->num_lines; s->spans++) s->offset -= s->spans->num_lines;
+    *end = at + num_lines * 64;
+    return at;
+}
+
 /* Call work(job, item) for every item below num_items, each once; idle threads take the next item. */
 typedef void (*work_item)(void *job, int64_t item);
 void run_items(work_item work, void *job, int64_t num_items, int num_threads);

@@ -21,6 +21,7 @@ from server.kernels.native.library import Library, find_library
 __all__ = ["build_kernel"]
 
 _NUM_FIELDS = 11  # Numbers of one slot_weights in adapters.c.
+_FLOAT_BYTES, _LINE_BYTES = 4, 64
 
 
 class _Place:
@@ -31,6 +32,12 @@ class _Place:
         self.rank = self.num_experts = 0
         self.kept: list[Tensor] = []
         self.numbers = [0] * _NUM_FIELDS if weights is None else self._numbers(weights)
+        addresses, strides = self.numbers[:2], self.numbers[-3:-1]
+        self.reads = [
+            (address, -(-self.rank * stride * _FLOAT_BYTES // _LINE_BYTES))
+            for address, stride in zip(addresses, strides, strict=True)
+            if self.rank
+        ]
 
     def _numbers(self, weights: SlotWeights) -> list[int]:
         a, b, strides = weights.a, weights.b, (0, 0)
@@ -60,6 +67,16 @@ class _Table:
         self.fields = torch.zeros(len(members[0].slots), len(members), _NUM_FIELDS, dtype=torch.int64)
         self.columns = torch.tensor([[member.start, member.width] for member in members], dtype=torch.int64)
         self.max_rank = self.num_experts = 0
+        self._reads: tuple[tuple[int, ...], Tensor] | None = None
+
+    def reads(self, owners: tuple[int, ...]) -> Tensor:
+        """Return the addresses and numbers of lines of what the slots `owners` hold, (N, 2) int64, each once."""
+        if self._reads is None or self._reads[0] != owners:
+            found = dict.fromkeys(
+                read for slot in owners if slot >= 0 for column in self._places for read in column[slot].reads
+            )
+            self._reads = owners, torch.tensor(list(found), dtype=torch.int64).view(-1, 2)
+        return self._reads[1]
 
     def update_(self, members: Sequence[Member]) -> None:
         """Look up again what changed since the last call: slots that hold another object."""
@@ -71,6 +88,7 @@ class _Table:
                     place = self._places[index][slot] = _Place(weights)
                     self.fields[slot, index] = torch.tensor(place.numbers, dtype=torch.int64)
                     column[slot] = weights
+        self._reads = None
         places = [place for column in self._places for place in column]
         self.max_rank = max(place.rank for place in places)
         self.num_experts = max(place.num_experts for place in places)
@@ -110,6 +128,10 @@ class _Deltas:
             self._library.num_threads,
         )
 
+    def reads(self, *, segments: Segments, members: Sequence[Member]) -> Tensor:
+        """Return what `apply_deltas_` will read, (N, 2) int64: addresses and numbers of 64-byte lines."""
+        return self._prepare(segments, members).reads(segments.owner)
+
     def _prepare(self, segments: Segments, members: Sequence[Member]) -> _Table:
         """Return the table of a group, up to date, and cut the step into chunks."""
         table = self._tables.get(members[0])
@@ -128,7 +150,8 @@ def build_kernel() -> Kernel:
         raise SettingsError(
             "The kernel 'native' is not compiled here.", "Use 'cpu', or install the package ziglang on Linux."
         )
-    return Kernel("native", scale_inputs, _Deltas(library).apply_deltas_)
+    deltas = _Deltas(library)
+    return Kernel("native", scale_inputs, deltas.apply_deltas_, deltas.reads)
 
 
 def _chunks(segments: Segments, max_tokens: int) -> Tensor:

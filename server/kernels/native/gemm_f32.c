@@ -4,6 +4,7 @@
    memory in order and needs no sum across lanes. A tile of TILE_ROWS rows by three vectors stays in registers.
    A weight whose values are those of NF4 may stay in 4 bits: a block of a panel is unpacked where it is used, into a buffer that
    fits the first cache, to the very same numbers. Source of NF4: https://arxiv.org/abs/2305.14314, section 3.
+   While it multiplies, the product asks for memory that its caller will read next.
    Source of the scheme: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008, section 4. */
 #include <stdlib.h>
 
@@ -22,19 +23,28 @@ typedef struct {
     const float *x, *weight, *bias;
     const uint8_t *codes; /* of NF4, [panel][pair of inputs][PANEL], the first of a pair in the low half; else null */
     const float *scales, *table; /* of NF4, [panel][block][PANEL] and the 16 numbers */
+    const span *ahead;
+    int64_t num_ahead;
     int64_t num_rows, num_in, num_out, y_stride, x_stride;
 } product;
 
 int64_t native_panel_f32(void) { return PANEL; }
 
-/* sums[m][i] += x[m][k] weight[k][i], in the order of k; x: rows x_stride floats apart, sums: rows of PANEL floats. */
+/* sums[m][i] += x[m][k] weight[k][i], in the order of k; x: rows x_stride floats apart, sums: rows of PANEL floats.
+   Two lines from `at` to `end` are fetched per input. */
 #define TILE(ROWS)                                                                                                    \
-    static void tile_##ROWS(float *sums, const float *x, int64_t x_stride, const float *weight, int64_t num_in) {    \
+    static void tile_##ROWS(float *sums, const float *x, int64_t x_stride, const float *weight, int64_t num_in,      \
+                            const char *at, const char *end) {                                                       \
         vec tile[ROWS][WIDTH];                                                                                        \
         for (int m = 0; m < ROWS; m++)                                                                                \
             for (int v = 0; v < WIDTH; v++) tile[m][v] = load(sums + m * PANEL + v * LANES);                          \
         for (int64_t k = 0; k < num_in; k++, weight += PANEL) {                                                       \
             vec columns[WIDTH];                                                                                       \
+            if (at < end) {                                                                                           \
+                __builtin_prefetch(at, 0, 2);                                                                         \
+                __builtin_prefetch(at + 64, 0, 2);                                                                    \
+                at += 128;                                                                                            \
+            }                                                                                                         \
             for (int v = 0; v < WIDTH; v++) columns[v] = load(weight + v * LANES);                                    \
             for (int m = 0; m < ROWS; m++) {                                                                          \
                 vec input = splat(x[m * x_stride + k]);                                                               \
@@ -57,21 +67,24 @@ TILE(8)
 
 /* The same for any number of rows. */
 static void add_products(float *sums, const float *x, int64_t x_stride, const float *weight, int64_t num_in,
-                         int64_t num_rows) {
-    for (; num_rows > 0; num_rows -= TILE_ROWS, sums += TILE_ROWS * PANEL, x += TILE_ROWS * x_stride) switch (num_rows) {
-            case 1: tile_1(sums, x, x_stride, weight, num_in); break;
-            case 2: tile_2(sums, x, x_stride, weight, num_in); break;
-            case 3: tile_3(sums, x, x_stride, weight, num_in); break;
+                         int64_t num_rows, share *ahead) {
+    for (; num_rows > 0; num_rows -= TILE_ROWS, sums += TILE_ROWS * PANEL, x += TILE_ROWS * x_stride) {
+        const char *end, *at = take_piece(ahead, 2 * num_in, &end);
+        switch (num_rows) {
+            case 1: tile_1(sums, x, x_stride, weight, num_in, at, end); break;
+            case 2: tile_2(sums, x, x_stride, weight, num_in, at, end); break;
+            case 3: tile_3(sums, x, x_stride, weight, num_in, at, end); break;
 #if TILE_ROWS == 8
-            case 4: tile_4(sums, x, x_stride, weight, num_in); break;
-            case 5: tile_5(sums, x, x_stride, weight, num_in); break;
-            case 6: tile_6(sums, x, x_stride, weight, num_in); break;
-            case 7: tile_7(sums, x, x_stride, weight, num_in); break;
-            default: tile_8(sums, x, x_stride, weight, num_in);
+            case 4: tile_4(sums, x, x_stride, weight, num_in, at, end); break;
+            case 5: tile_5(sums, x, x_stride, weight, num_in, at, end); break;
+            case 6: tile_6(sums, x, x_stride, weight, num_in, at, end); break;
+            case 7: tile_7(sums, x, x_stride, weight, num_in, at, end); break;
+            default: tile_8(sums, x, x_stride, weight, num_in, at, end);
 #else
-            default: tile_4(sums, x, x_stride, weight, num_in);
+            default: tile_4(sums, x, x_stride, weight, num_in, at, end);
 #endif
         }
+    }
 }
 
 INLINE void unpack_pair(float *low, float *high, const uint8_t *codes, const float *scales, const float *table) {
@@ -111,15 +124,17 @@ static float *borrow_sums(int64_t num_rows) {
 static void run_panel(void *job, int64_t panel) {
     const product *p = job;
     float *sums = borrow_sums(p->num_rows);
+    share ahead = begin_share(p->ahead, p->num_ahead, panel, CEIL_DIV(p->num_out, PANEL));
     if (p->codes) {
         float block[BLOCK * PANEL] __attribute__((aligned(64)));
         for (int64_t first = 0; first < p->num_in; first += BLOCK) {
             int64_t place = panel * p->num_in + first;
             unpack(block, p->codes + place / 2 * PANEL, p->scales + place / BLOCK * PANEL, p->table);
-            add_products(sums, p->x + first, p->x_stride, block, BLOCK, p->num_rows);
+            add_products(sums, p->x + first, p->x_stride, block, BLOCK, p->num_rows, &ahead);
         }
     } else {
-        add_products(sums, p->x, p->x_stride, p->weight + panel * p->num_in * PANEL, p->num_in, p->num_rows);
+        add_products(sums, p->x, p->x_stride, p->weight + panel * p->num_in * PANEL, p->num_in, p->num_rows,
+                     &ahead);
     }
     int64_t first = panel * PANEL, num_left = MIN(PANEL, p->num_out - first);
     for (int64_t row = 0; row < p->num_rows; row++) {
@@ -131,14 +146,15 @@ static void run_panel(void *job, int64_t panel) {
 /* x: (num_rows, num_in), y: (num_rows, num_out), rows x_stride and y_stride floats apart; bias: (num_out,) or null. */
 void native_gemm_f32(float *y, const float *x, const float *weight, const float *bias, int64_t num_rows, int64_t num_in,
                      int64_t num_out, int64_t y_stride, int64_t x_stride, int num_threads) {
-    product p = {y, x, weight, bias, 0, 0, 0, num_rows, num_in, num_out, y_stride, x_stride};
+    product p = {y, x, weight, bias, 0, 0, 0, 0, 0, num_rows, num_in, num_out, y_stride, x_stride};
     run_items(run_panel, &p, CEIL_DIV(num_out, PANEL), num_threads);
 }
 
-/* The same with a weight in NF4; BLOCK divides num_in. */
+/* The same with a weight in NF4; BLOCK divides num_in. ahead: num_ahead pairs of an address and a number of lines, what to
+   fetch meanwhile. */
 void native_gemm_nf4(float *y, const float *x, const uint8_t *codes, const float *scales, const float *table,
-                     const float *bias, int64_t num_rows, int64_t num_in, int64_t num_out, int64_t y_stride,
-                     int64_t x_stride, int num_threads) {
-    product p = {y, x, 0, bias, codes, scales, table, num_rows, num_in, num_out, y_stride, x_stride};
+                     const float *bias, const void *ahead, int64_t num_ahead, int64_t num_rows, int64_t num_in,
+                     int64_t num_out, int64_t y_stride, int64_t x_stride, int num_threads) {
+    product p = {y, x, 0, bias, codes, scales, table, ahead, num_ahead, num_rows, num_in, num_out, y_stride, x_stride};
     run_items(run_panel, &p, CEIL_DIV(num_out, PANEL), num_threads);
 }

@@ -16,6 +16,7 @@
 #define WIDTH 2
 #define PANEL (WIDTH * OUTPUTS)
 #define ROWS 8
+#define LINES 4 /* fetched ahead per quad */
 
 typedef int32_t sums16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float vec16 __attribute__((vector_size(64), aligned(4), may_alias));
@@ -104,10 +105,11 @@ typedef struct {
     const float *scales, *weight_scales, *bias;
     const int32_t *offsets;
     const uint8_t *weight; /* [panel][block][quad][WIDTH][OUTPUTS][4] */
-    int64_t num_rows, num_in, num_out, y_stride;
+    const span *ahead;
+    int64_t num_ahead, num_rows, num_in, num_out, y_stride;
 } product;
 
-INLINE void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t panel) {
+INLINE void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t panel, share *ahead) {
     int64_t num_blocks = p->num_in / BLOCK;
     vec16 totals[ROWS][WIDTH];
     for (int m = 0; m < num_rows; m++)
@@ -116,13 +118,16 @@ INLINE void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t pa
     const float *weight_scales = p->weight_scales + panel * num_blocks * PANEL;
     for (int64_t block = 0; block < num_blocks; block++, weight += BLOCK * PANEL, weight_scales += PANEL) {
         sums16 sums[ROWS][WIDTH];
+        const char *end, *at = take_piece(ahead, QUADS * LINES, &end);
         for (int m = 0; m < num_rows; m++)
             for (int v = 0; v < WIDTH; v++) sums[m][v] = (sums16){0} + p->offsets[(row + m) * num_blocks + block];
-        for (int quad = 0; quad < QUADS; quad++)
+        for (int quad = 0; quad < QUADS; quad++) {
+            for (int line = 0; line < LINES && at < end; line++, at += 64) __builtin_prefetch(at, 0, 2);
             for (int m = 0; m < num_rows; m++)
                 for (int v = 0; v < WIDTH; v++)
                     sums[m][v] = add_products(sums[m][v], weight + (quad * WIDTH + v) * BLOCK,
                                               p->codes + (row + m) * p->num_in + block * BLOCK + quad * 4);
+        }
         for (int m = 0; m < num_rows; m++)
             for (int v = 0; v < WIDTH; v++)
                 totals[m][v] += __builtin_convertvector(sums[m][v], vec16) *
@@ -138,16 +143,19 @@ INLINE void run_tile(const product *p, int64_t row, int64_t num_rows, int64_t pa
 
 static void run_panel(void *job, int64_t panel) {
     const product *p = job;
+    share ahead = begin_share(p->ahead, p->num_ahead, panel, CEIL_DIV(p->num_out, PANEL));
     int64_t row = 0;
-    for (; row + ROWS <= p->num_rows; row += ROWS) run_tile(p, row, ROWS, panel);
-    for (; row + 2 <= p->num_rows; row += 2) run_tile(p, row, 2, panel);
-    if (row < p->num_rows) run_tile(p, row, 1, panel);
+    for (; row + ROWS <= p->num_rows; row += ROWS) run_tile(p, row, ROWS, panel, &ahead);
+    for (; row + 2 <= p->num_rows; row += 2) run_tile(p, row, 2, panel, &ahead);
+    if (row < p->num_rows) run_tile(p, row, 1, panel, &ahead);
 }
 
-/* y: (num_rows, num_out), rows y_stride floats apart; codes, scales, offsets: of native_quantize_rows. */
+/* y: (num_rows, num_out), rows y_stride floats apart; codes, scales, offsets: of native_quantize_rows. ahead: num_ahead
+   pairs of an address and a number of lines, what to fetch meanwhile. */
 void native_gemm_int8(float *y, const int8_t *codes, const float *scales, const int32_t *offsets, const uint8_t *weight,
-                      const float *weight_scales, const float *bias, int64_t num_rows, int64_t num_in, int64_t num_out,
-                      int64_t y_stride, int num_threads) {
-    product p = {y, codes, scales, weight_scales, bias, offsets, weight, num_rows, num_in, num_out, y_stride};
+                      const float *weight_scales, const float *bias, const void *ahead, int64_t num_ahead,
+                      int64_t num_rows, int64_t num_in, int64_t num_out, int64_t y_stride, int num_threads) {
+    product p = {y, codes, scales, weight_scales, bias, offsets, weight, ahead, num_ahead, num_rows, num_in, num_out,
+                 y_stride};
     run_items(run_panel, &p, CEIL_DIV(num_out, PANEL), num_threads);
 }

@@ -34,9 +34,9 @@ _COMPILE_TIMEOUT_S = 300
 _P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[object, ...]] = {
     "gemm_f32": (*[_P] * 4, *[_N] * 5, _I),
-    "gemm_nf4": (*[_P] * 6, *[_N] * 5, _I),
+    "gemm_nf4": (*[_P] * 7, *[_N] * 6, _I),
     "quantize_rows": (*[_P] * 4, *[_N] * 3, _I),
-    "gemm_int8": (*[_P] * 7, *[_N] * 4, _I),
+    "gemm_int8": (*[_P] * 8, *[_N] * 5, _I),
     "apply_deltas": (*[_P] * 6, *[_N] * 7, _I),
     "decode_attention": (*[_P] * 6, *[_N] * 9, _F, _I),
     "rms_norm": (*[_P] * 5, *[_N] * 2, _F, _I),

@@ -45,8 +45,12 @@ class PackedWeight(Protocol):
     shape: tuple[int, int]
     size_bytes: int
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x W^T + bias (T, O) for x (T, H) float32 whose rows are contiguous."""
+    def product(self, x: Tensor, bias: Tensor | None, ahead: Tensor | None = None) -> Tensor:
+        """Return x W^T + bias (T, O) for x (T, H) float32 whose rows are contiguous.
+
+        ahead: (N, 2) int64, addresses and numbers of 64-byte lines that will be read next; a product that is bound by
+        arithmetic has them fetched meanwhile.
+        """
         ...
 
     def unpacked(self) -> Tensor:
@@ -63,8 +67,9 @@ class FloatWeight:
         self._panels = _panels(weight.to(torch.float32), library.panel_f32).permute(0, 2, 1).contiguous()
         self.size_bytes = self._panels.nbytes
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, ahead: Tensor | None = None) -> Tensor:
         """Return x W^T + bias (T, O) for x (T, H) float32 whose rows are contiguous."""
+        del ahead  # This product is bound by memory itself.
         num_out, num_in = self.shape
         y = torch.empty(x.shape[0], num_out)
         self._library.gemm_f32(
@@ -100,7 +105,7 @@ class NF4Weight:
         self._scales = _panels(scales, library.panel_f32).permute(0, 2, 1).contiguous()  # [panel][block][output]
         self.size_bytes = self._codes.nbytes + self._scales.nbytes
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, ahead: Tensor | None = None) -> Tensor:
         """Return x W^T + bias (T, O) for x (T, H) float32 whose rows are contiguous."""
         num_out, num_in = self.shape
         y = torch.empty(x.shape[0], num_out)
@@ -111,6 +116,8 @@ class NF4Weight:
             self._scales.data_ptr(),
             self._table.data_ptr(),
             0 if bias is None else bias.data_ptr(),
+            0 if ahead is None else ahead.data_ptr(),
+            0 if ahead is None else ahead.shape[0],
             x.shape[0],
             num_in,
             num_out,
@@ -170,7 +177,7 @@ class Int8Weight:
         self._scales = scales.permute(0, 2, 1).contiguous()  # [panel][block][output]
         self.size_bytes = self._codes.nbytes + self._scales.nbytes
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, ahead: Tensor | None = None) -> Tensor:
         """Return x W^T + bias (T, O) for x (T, H) float32; x is rounded to 8 bits per block of inputs."""
         num_out, num_in = self.shape
         num_rows, num_blocks, num_threads = x.shape[0], num_in // self._library.block_int8, self._library.num_threads
@@ -188,6 +195,8 @@ class Int8Weight:
             self._codes.data_ptr(),
             self._scales.data_ptr(),
             0 if bias is None else bias.data_ptr(),
+            0 if ahead is None else ahead.data_ptr(),
+            0 if ahead is None else ahead.shape[0],
             num_rows,
             num_in,
             num_out,
