@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapterhub.errors import AdapterMismatchError
-from server.kernels import Kernel, Member, SlotWeights
+from server.kernels import Kernel, Member, Segments, SlotWeights
 from server.products import Product, ProductBuilder, linear_bias, linear_weight
 from server.step_context import StepContext, current_step
 
@@ -105,24 +105,34 @@ class LinearGroup:
         owners = () if step is None or step.segments is None else step.segments.owner
         if step is None or self._used.isdisjoint(owners):
             return self._product(x)
-        if self._scaled.isdisjoint(owners):
-            y = self._product(x, self._kernel.reads(segments=step.segments, members=self._members))
-        else:
-            y = self._scaled_product(x, step)
+        ahead = self._kernel.reads(segments=step.segments, members=self._members)
+        y = self._product(x, ahead) if self._scaled.isdisjoint(owners) else self._scaled_product(x, step, ahead)
         gates = None if step.gates is None or self._layer_idx is None else step.gates[:, self._layer_idx]
         self._kernel.apply_deltas_(y, x, segments=step.segments, members=self._members, gates=gates)
         return y
 
-    def _scaled_product(self, x: Tensor, step: StepContext) -> Tensor:
-        """Return the product (T, O) of inputs that some slot scales; each member may scale its own."""
-        scale = self._kernel.scale_inputs
-        parts = [
-            self._product(scale(x, segments=step.segments, slots=member.slots))[
-                :, member.start : member.start + member.width
-            ]
-            for member in self._members
+    def _scaled_product(self, x: Tensor, step: StepContext, ahead: Tensor | None) -> Tensor:
+        """Return the product (T, O) of inputs that some slot scales; each member may scale its own.
+
+        Rows whose slot scales nothing share one product; the others have one per member.
+        """
+        segments = cast("Segments", step.segments)
+        scaled = [self._kernel.scale_inputs(x, segments=segments, slots=member.slots) for member in self._members]
+        if len(scaled) == 1:
+            return self._product(scaled[0], ahead)
+        ends = accumulate(segments.sizes_tokens)
+        rows = [
+            row
+            for owner, size, end in zip(segments.owner, segments.sizes_tokens, ends, strict=True)
+            if owner in self._scaled
+            for row in range(end - size, end)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        y = self._product(x, ahead) if len(rows) < x.shape[0] else x.new_empty(x.shape[0], sum(self.widths))
+        chosen = torch.tensor(rows, device=x.device)
+        for member, u in zip(self._members, scaled, strict=True):
+            columns = slice(member.start, member.start + member.width)
+            y[chosen, columns] = self._product(u[chosen])[:, columns]
+        return y
 
 
 class AdapterLinear(nn.Module):

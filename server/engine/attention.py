@@ -80,8 +80,8 @@ class AttentionStep:
         """
         self._kv.write_(layer_idx, self._places, key, value, begun=self._begun)
         output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-        if self._compiled is not None and softcap is None and self._compiled.can_run(query, value.shape[3]):
-            self._compiled.run_(output, layer_idx, query, window=window, scale=scale)
+        if self._compiled is not None and self._compiled.can_run(query, value.shape[3]):
+            self._compiled.run_(output, layer_idx, query, window=window, scale=scale, softcap=softcap)
             return output
         if self._plain is None:
             self._plain = PlainAttention(self._kv, self._rows)

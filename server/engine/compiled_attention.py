@@ -31,7 +31,16 @@ class CompiledAttention:
         """Tell whether the heads of query (1, heads, T, dim) and of the values are narrow enough."""
         return max(query.shape[3], value_dim) <= self._library.max_head_dim
 
-    def run_(self, output: Tensor, layer_idx: int, query: Tensor, *, window: int | None, scale: float) -> None:
+    def run_(
+        self,
+        output: Tensor,
+        layer_idx: int,
+        query: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
         """Write output (1, T, query heads, value dim) in place; query: (1, query heads, T, dim)."""
         if window not in self._tokens:
             self._tokens[window] = self._describe(window)
@@ -55,6 +64,7 @@ class CompiledAttention:
             query.stride(2),
             self._max_positions,
             scale,
+            softcap or 0.0,
             self._library.num_threads,
         )
 

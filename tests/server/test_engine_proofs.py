@@ -239,7 +239,7 @@ async def test_no_schedule_changes_a_bit_of_any_answer(world: World, alone: Outc
     assert differing == []
 
 
-@pytest.mark.parametrize(("family", "compute"), [("mistral", "float32"), ("qwen2", "int8")])
+@pytest.mark.parametrize(("family", "compute"), [("mistral", "float32"), ("qwen2", "int8"), ("gemma2", "float32")])
 async def test_no_schedule_changes_a_bit_with_other_models_and_products(
     tmp_path: Path, family: str, compute: str
 ) -> None:

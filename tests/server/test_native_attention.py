@@ -89,12 +89,13 @@ def run(
     *,
     window: int | None = None,
     scale: float = 0.25,
+    softcap: float | None = None,
 ) -> Tensor:
     """Run one step over the positions [start, end) of every row; return (T, query heads, value dim)."""
     rows: list[RowSpan] = []
     for (start, end), owned in zip(spans, blocks, strict=True):
         rows.append(RowSpan(sum(row.num_tokens for row in rows), end - start, start, owned))
-    terms = {"scale": scale, "window": window, "softcap": None}
+    terms = {"scale": scale, "window": window, "softcap": softcap}
     return AttentionStep(kv, rows).run(0, *history.at(spans), **terms)[0]
 
 
@@ -109,7 +110,9 @@ def decode_last(history: History, *, seed: int = 0, **terms) -> Tensor:
     return run(kv, history, blocks, [(length - 1, length) for length in history.lengths], **terms)
 
 
-def exact_last(history: History, *, window: int | None = None, scale: float = 0.25) -> Tensor:
+def exact_last(
+    history: History, *, window: int | None = None, scale: float = 0.25, softcap: float | None = None
+) -> Tensor:
     """softmax(scale * q k) v at the last position of every row, in float64; (rows, query heads, value dim)."""
     rows: list[Tensor] = []
     for queries, keys, values in zip(history.queries, history.keys, history.values, strict=True):
@@ -117,6 +120,7 @@ def exact_last(history: History, *, window: int | None = None, scale: float = 0.
         group = queries.shape[0] // keys.shape[0]
         key, value = (one[:, first:].double().repeat_interleave(group, dim=0) for one in (keys, values))
         scores = torch.einsum("hd,hnd->hn", queries[:, -1].double(), key) * scale
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         rows.append(torch.einsum("hn,hnd->hd", scores.softmax(dim=1), value))
     return torch.stack(rows)
 
@@ -132,6 +136,16 @@ def test_rows_of_any_length_attend_as_float64_does(
     assert (found - exact_last(history, window=window)).abs().max() < 2e-6
     monkeypatch.setattr("server.engine.paged_kv.find_library", lambda: None)
     assert (found - decode_last(history, window=window)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_scores_are_capped_as_float64_does(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = build_history(LENGTHS, heads=2, group=3, dim=16)
+    found = decode_last(history, scale=2.0, softcap=softcap)
+    assert (found - exact_last(history, scale=2.0, softcap=softcap)).abs().max() < 2e-6
+    assert (found - exact_last(history, scale=2.0)).abs().max() > 1e-3
+    monkeypatch.setattr("server.engine.paged_kv.find_library", lambda: None)
+    assert (found - decode_last(history, scale=2.0, softcap=softcap)).abs().max() < 2e-6
 
 
 def test_decoding_beside_prompts_gives_both_what_they_get_alone() -> None:

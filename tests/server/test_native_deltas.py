@@ -239,5 +239,8 @@ def test_a_kernel_tells_what_it_will_read_each_tensor_once() -> None:
 
     assert read(0, -1, 1, 2, 5, 3) == lines(0, 2)
     assert read(-1, 1) == {}
+    wide = torch.randn(6, 32)
+    slots[1] = SlotWeights(a=wide[:, :20], b=shared[1])
+    assert wide.data_ptr() not in read(1)
     slots[0] = slots[4]
     assert read(0) == lines(4)

@@ -18,7 +18,7 @@ typedef struct {
     const int64_t *rows; /* per row: offset of its token, position, window start, index of its first block */
     const int64_t *blocks;
     int64_t num_heads, group, key_dim, value_dim, block_tokens, query_head_stride, query_token_stride, max_positions;
-    float scale;
+    float scale, softcap; /* softcap: zero for none */
 } decode;
 
 /* The positions of one row and head, one after the other, in one pool. The block after the current one is fetched line by
@@ -135,6 +135,10 @@ static void attend(const decode *d, const int64_t *row, int64_t head, int64_t fi
     const float *query = d->query + row[0] * d->query_token_stride + query_head * d->query_head_stride;
     float *output = d->output + (row[0] * d->num_heads * d->group + query_head) * d->value_dim;
     switch (num_heads) { CALL(1) CALL(2) CALL(3) CALL(4) }
+    if (d->softcap > 0)
+        for (int h = 0; h < num_heads; h++)
+            for (int64_t i = h * padded; i < h * padded + count; i++)
+                scores[i] = d->softcap * tanhf(scores[i] / d->softcap);
     float inverse[MAX_HEADS];
     for (int h = 0; h < num_heads; h++) inverse[h] = 1.0f / soften(scores + h * padded, count);
     walk values = begin_walk(d, d->values, blocks, first, row[1], d->value_dim, head);
@@ -170,13 +174,15 @@ static void run_head(void *job, int64_t item) {
 int64_t native_max_head_dim(void) { return MAX_DIM; }
 
 /* output: (T, num_heads * group, value_dim), only the rows' tokens are written; query: heads query_head_stride and tokens
-   query_token_stride floats apart; keys, values: (blocks, num_heads, block_tokens, dim). */
+   query_token_stride floats apart; keys, values: (blocks, num_heads, block_tokens, dim). softcap: scores become softcap tanh(score / softcap),
+   https://arxiv.org/abs/2408.00118, section 2; zero for none. */
 void native_decode_attention(float *output, const float *query, const float *keys, const float *values, const void *rows,
                              const void *blocks, int64_t num_rows, int64_t num_heads, int64_t group, int64_t key_dim,
                              int64_t value_dim, int64_t block_tokens, int64_t query_head_stride,
-                             int64_t query_token_stride, int64_t max_positions, float scale, int num_threads) {
+                             int64_t query_token_stride, int64_t max_positions, float scale, float softcap,
+                             int num_threads) {
     decode d = {output, query, keys, values, rows, blocks, num_heads, group, key_dim, value_dim, block_tokens,
-                query_head_stride, query_token_stride, max_positions, scale};
+                query_head_stride, query_token_stride, max_positions, scale, softcap};
     run_items(run_head, &d, num_rows * num_heads, num_threads);
 }
 

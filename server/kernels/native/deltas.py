@@ -21,7 +21,7 @@ from server.kernels.native.library import Library, find_library
 __all__ = ["build_kernel"]
 
 _NUM_FIELDS = 11  # Numbers of one slot_weights in adapters.c.
-_FLOAT_BYTES, _LINE_BYTES = 4, 64
+_LINE_BYTES = 64
 
 
 class _Place:
@@ -31,13 +31,8 @@ class _Place:
         self.weights = weights
         self.rank = self.num_experts = 0
         self.kept: list[Tensor] = []
+        self.reads: list[tuple[int, int]] = []  # Addresses and numbers of lines.
         self.numbers = [0] * _NUM_FIELDS if weights is None else self._numbers(weights)
-        addresses, strides = self.numbers[:2], self.numbers[-3:-1]
-        self.reads = [
-            (address, -(-self.rank * stride * _FLOAT_BYTES // _LINE_BYTES))
-            for address, stride in zip(addresses, strides, strict=True)
-            if self.rank
-        ]
 
     def _numbers(self, weights: SlotWeights) -> list[int]:
         a, b, strides = weights.a, weights.b, (0, 0)
@@ -45,6 +40,9 @@ class _Place:
             a = a if a.stride(1) == 1 else a.contiguous()
             b = by_columns(b)
             self.rank, strides = a.shape[0], (a.stride(0), b.stride(1))
+            # Projections that modules of several sizes share are cut from a wider piece, and stay in the caches anyway.
+            whole = [one for one in (a, b.t()) if one.is_contiguous()]
+            self.reads = [(one.data_ptr(), -(-one.nbytes // _LINE_BYTES)) for one in whole]
         scales = (weights.rank_scale, weights.delta_scale, weights.out_scale, weights.out_shift)
         diagonals = [None if one is None else one.contiguous() for one in (*scales, weights.expert_of_rank)]
         experts = weights.expert_of_rank

@@ -38,7 +38,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "quantize_rows": (*[_P] * 4, *[_N] * 3, _I),
     "gemm_int8": (*[_P] * 8, *[_N] * 5, _I),
     "apply_deltas": (*[_P] * 6, *[_N] * 7, _I),
-    "decode_attention": (*[_P] * 6, *[_N] * 9, _F, _I),
+    "decode_attention": (*[_P] * 6, *[_N] * 9, _F, _F, _I),
     "rms_norm": (*[_P] * 5, *[_N] * 2, _F, _I),
     "silu_product": (*[_P] * 2, *[_N] * 2, _I),
     "rotate": (*[_P] * 3, *[_N] * 5, _I),
