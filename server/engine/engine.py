@@ -6,6 +6,7 @@ Knows requests and events, and admits no more than the queue holds. The loop dec
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
@@ -26,6 +27,10 @@ from server.engine.track import Track
 from server.engine.types import AdapterHandle, EngineStatus, Event, GenerateRequest, Tier, TokenEvent
 
 __all__ = ["NativeEngine"]
+
+# A step lets go of the interpreter some 300 times. With Python's 5 milliseconds it may get it back that much later each
+# time while an adapter loads or answers are sent.
+_SWITCH_INTERVAL_S = 0.0002
 
 
 class NativeEngine:
@@ -61,6 +66,7 @@ class NativeEngine:
         """Start the step thread; a second call does nothing."""
         if self._thread is not None:
             return
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
         self._loop = StepLoop(
             self._runner,
             Sampler(self._texts),

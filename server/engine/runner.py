@@ -100,7 +100,7 @@ class Runner:
         if self._library is not None:
             self._library.num_threads = torch.get_num_threads()
             replace_norms_(model, self._library)
-        self._thread_id: int | None = None
+        self._prepared = threading.local()
         self._resident: list[LoadedAdapter | None] = [None] * num_slots
         self._epoch = 0
         register_paged_attention()
@@ -123,10 +123,12 @@ class Runner:
 
     def load_adapter(self, view: Path) -> LoadedAdapter:
         """Load the adapter of a view for this model; see `server.engine.loader.load_adapter`. Touches no slot."""
+        self._prepare_thread()
         return load_adapter(view, self.base, self.model)
 
     def load_mix(self, parts: Sequence[tuple[Path, float]]) -> LoadedAdapter:
         """Load the weighted sum of the adapters of several views; see `server.engine.mix.load_mix`. Touches no slot."""
+        self._prepare_thread()
         return load_mix(parts, self.base, self.model)
 
     def write_slot(self, slot: int, adapter: LoadedAdapter) -> int:
@@ -190,13 +192,13 @@ class Runner:
         return self._forward(ordered, context, last=last)
 
     def _prepare_thread(self) -> None:
-        """Let torch use one thread where steps run.
+        """Let torch use one thread in the threads that run steps and load adapters.
 
-        The products have threads of their own; those of torch would wait for them in the barrier of every small
-        operation.
+        The products have threads of their own. Those of torch would make a step wait in the barrier of every small
+        operation, and those of a load would take the processor from the steps.
         """
-        if self._library is not None and self._thread_id != threading.get_ident():
-            self._thread_id = threading.get_ident()
+        if self._library is not None and not hasattr(self._prepared, "is_done"):
+            self._prepared.is_done = True
             torch.set_num_threads(1)
 
     def _forward(self, rows: Sequence[StepRow], step: StepContext, *, last: Sequence[int]) -> Tensor:

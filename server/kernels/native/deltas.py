@@ -100,12 +100,17 @@ class _Deltas:
         self._tables: WeakKeyDictionary[Member, _Table] = WeakKeyDictionary()
         self._segments: Segments | None = None
         self._chunks = torch.empty(0, 3, dtype=torch.int64)
+        self._ready: tuple[Segments, Sequence[Member], _Table] | None = None  # By `reads`, for the call that follows.
 
     def apply_deltas_(
         self, y: Tensor, x: Tensor, *, segments: Segments, members: Sequence[Member], gates: Tensor | None = None
     ) -> None:
         """Turn y (T, O_total) = W u + bias into the result, in place; x: (T, H) float32, gates: (T, K) float32."""
-        table = self._prepare(segments, members)
+        ready, self._ready = self._ready, None
+        if ready is not None and ready[0] is segments and ready[1] is members:
+            table = ready[2]
+        else:
+            table = self._prepare(segments, members)
         x = x if x.stride(1) == 1 else x.contiguous()
         if gates is not None:  # Experts that no row names get ones; C would read past the end of the row.
             gates = functional.pad(gates, (0, max(0, table.num_experts - gates.shape[1])), value=1.0).contiguous()
@@ -127,8 +132,14 @@ class _Deltas:
         )
 
     def reads(self, *, segments: Segments, members: Sequence[Member]) -> Tensor:
-        """Return what `apply_deltas_` will read, (N, 2) int64: addresses and numbers of 64-byte lines."""
-        return self._prepare(segments, members).reads(segments.owner)
+        """Return what `apply_deltas_` will read, (N, 2) int64: addresses and numbers of 64-byte lines.
+
+        The call of `apply_deltas_` that follows with the same arguments finds the table ready; slots stay as they are
+        between the two.
+        """
+        table = self._prepare(segments, members)
+        self._ready = segments, members, table
+        return table.reads(segments.owner)
 
     def _prepare(self, segments: Segments, members: Sequence[Member]) -> _Table:
         """Return the table of a group, up to date, and cut the step into chunks."""
