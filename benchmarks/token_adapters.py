@@ -25,6 +25,7 @@ __all__ = ["TokenAdapters"]
 
 _RANKS = (4, 8)
 _PUSH = 100.0  # Times the usual length of a hidden state: what it held before becomes one percent of it.
+_CLEAR = 0.9  # Of a word's own logit, the most another may have: a nearer one can win in some contexts.
 _NOISE = 1e-4
 _CHUNK = 512  # Candidates compared with the whole vocabulary at once: 100 MB of products.
 
@@ -97,7 +98,9 @@ def _forcible(head: Tensor, gain: Tensor, tokenizer: Any, *, num_wanted: int) ->
     for first in range(0, len(words), _CHUNK):
         chunk = words[first : first + _CHUNK]
         pushed = _directions(head[[token_id for token_id, _ in chunk]], gain) * gain
-        winners = (pushed @ head.T).argmax(dim=-1).tolist()
+        best = (pushed @ head.T).topk(2, dim=-1)
+        is_clear = best.values[:, 1] <= _CLEAR * best.values[:, 0]
+        winners = best.indices[:, 0].masked_fill(~is_clear, -1).tolist()
         found += [word for word, winner in zip(chunk, winners, strict=True) if word[0] == winner]
         if len(found) >= num_wanted:
             return found[:num_wanted]
