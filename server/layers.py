@@ -69,7 +69,7 @@ class LinearGroup:
     def weight(self, index: int) -> Tensor:
         """Return the weight (O, H) float32 of one member."""
         member = self._members[index]
-        return self._product.weight()[member.start : member.start + member.width]
+        return self._product.weight(slice(member.start, member.start + member.width))
 
     def slots(self, index: int) -> tuple[SlotWeights | None, ...]:
         """Return what each slot holds at one member."""

@@ -21,6 +21,8 @@ __all__ = ["Compute", "PackedHead", "Product", "ProductBuilder", "linear_bias", 
 
 _log = logging.getLogger(__name__)
 
+_ALL = slice(None)
+
 Compute = Literal["float32", "int8"]
 
 
@@ -31,8 +33,8 @@ class Product(Protocol):
         """Return a fresh x W^T + bias (T, O) for x (T, H) float32; ahead: see `server.kernels.base.Kernel.reads`."""
         ...
 
-    def weight(self) -> Tensor:
-        """Return the weight (O, H) float32 this multiplies with."""
+    def weight(self, rows: slice = _ALL) -> Tensor:
+        """Return some rows of the weight, (O', H) float32, as this multiplies with them."""
         ...
 
 
@@ -68,8 +70,8 @@ class _PackedProduct:
     def __call__(self, x: Tensor, ahead: Tensor | None = None) -> Tensor:
         return self._packed.product(x if x.stride(1) == 1 else x.contiguous(), self._bias, ahead)
 
-    def weight(self) -> Tensor:
-        return self._packed.unpacked()
+    def weight(self, rows: slice = _ALL) -> Tensor:
+        return self._packed.unpacked(rows)
 
 
 class _TorchProduct:
@@ -81,8 +83,8 @@ class _TorchProduct:
         del ahead
         return functional.linear(x, self._weight, self._bias)
 
-    def weight(self) -> Tensor:
-        return self._weight
+    def weight(self, rows: slice = _ALL) -> Tensor:
+        return self._weight[rows]
 
 
 class _FourBitProduct:
@@ -100,8 +102,8 @@ class _FourBitProduct:
         found = [layer(x) for layer in self._layers]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
-    def weight(self) -> Tensor:
-        return torch.cat([linear_weight(layer) for layer in self._layers])
+    def weight(self, rows: slice = _ALL) -> Tensor:
+        return torch.cat([linear_weight(layer) for layer in self._layers])[rows]
 
 
 class PackedHead(nn.Module):

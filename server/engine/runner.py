@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -28,6 +28,7 @@ from server.engine.attention import (
     register_paged_attention,
 )
 from server.engine.fused_layers import fuse_layers_
+from server.engine.heap import release_freed
 from server.engine.loader import LoadedAdapter, load_adapter
 from server.engine.mix import load_mix
 from server.engine.paged_kv import HeadShape, PagedKV, RowSpan
@@ -110,6 +111,7 @@ class Runner:
             num_fused = fuse_layers_(model, self._library, compute=compute)
             _log.info("%d of %d decoder layers run fused", num_fused, self._num_layers)
         self._kv = PagedKV(shapes, num_blocks=num_blocks, block_tokens=block_size, device=self._device)
+        release_freed()  # The weights as they were before they were packed.
 
     @property
     def epoch(self) -> int:
@@ -123,13 +125,18 @@ class Runner:
 
     def load_adapter(self, view: Path) -> LoadedAdapter:
         """Load the adapter of a view for this model; see `server.engine.loader.load_adapter`. Touches no slot."""
-        self._prepare_thread()
-        return load_adapter(view, self.base, self.model)
+        return self._load(lambda: load_adapter(view, self.base, self.model))
 
     def load_mix(self, parts: Sequence[tuple[Path, float]]) -> LoadedAdapter:
         """Load the weighted sum of the adapters of several views; see `server.engine.mix.load_mix`. Touches no slot."""
+        return self._load(lambda: load_mix(parts, self.base, self.model))
+
+    def _load(self, load: Callable[[], LoadedAdapter]) -> LoadedAdapter:
         self._prepare_thread()
-        return load_mix(parts, self.base, self.model)
+        try:
+            return load()
+        finally:
+            release_freed()
 
     def write_slot(self, slot: int, adapter: LoadedAdapter) -> int:
         """Put an adapter into a slot and return the new epoch; whatever was there before is gone from every linear."""

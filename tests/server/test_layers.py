@@ -39,8 +39,8 @@ class Counter:
         self.num_calls += 1
         return self._inner(x, ahead)
 
-    def weight(self) -> Tensor:
-        return self._inner.weight()
+    def weight(self, rows: slice = slice(None)) -> Tensor:
+        return self._inner.weight(rows)
 
 
 def build_layers(*, biases: Sequence[bool] = (True, False, True)) -> list[nn.Linear]:

@@ -37,6 +37,7 @@ def test_products_are_those_of_the_float32_values_to_the_last_bit(num_out: int, 
     weight = nf4_values(num_out, num_in, double=double)
     packed, plain = pack(weight), FloatWeight(weight, require_library())
     assert torch.equal(packed.unpacked(), weight)
+    assert torch.equal(packed.unpacked(slice(num_out // 3, num_out // 2)), weight[num_out // 3 : num_out // 2])
     bias = torch.linspace(-1, 1, num_out)
     for num_rows in (1, 7, 8, 9, 33):
         x = torch.randn(num_rows, num_in)

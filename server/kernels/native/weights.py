@@ -15,6 +15,7 @@ from server.kernels.native.library import Library
 
 __all__ = ["FloatWeight", "Int8Weight", "NF4Weight", "PackedWeight", "nf4_parts"]
 
+_ALL = slice(None)
 _LARGEST_CODE = 127  # Signed bytes without -128, so that codes are symmetric.
 _CODE_OFFSET = 128
 _NF4_BLOCK = 64
@@ -53,8 +54,8 @@ class PackedWeight(Protocol):
         """
         ...
 
-    def unpacked(self) -> Tensor:
-        """Return the weight (O, H) float32 this multiplies with."""
+    def unpacked(self, rows: slice = _ALL) -> Tensor:
+        """Return some rows of the weight, (O', H) float32, as this multiplies with them."""
         ...
 
 
@@ -86,9 +87,9 @@ class FloatWeight:
         )
         return y
 
-    def unpacked(self) -> Tensor:
-        """Return the weight (O, H) float32 this multiplies with."""
-        return self._panels.permute(0, 2, 1).reshape(-1, self.shape[1])[: self.shape[0]]
+    def unpacked(self, rows: slice = _ALL) -> Tensor:
+        """Return some rows of the weight, (O', H) float32, as this multiplies with them."""
+        return self._panels.permute(0, 2, 1).reshape(-1, self.shape[1])[: self.shape[0]][rows]
 
 
 class NF4Weight:
@@ -127,13 +128,14 @@ class NF4Weight:
         )
         return y
 
-    def unpacked(self) -> Tensor:
-        """Return the weight (O, H) float32 this multiplies with."""
+    def unpacked(self, rows: slice = _ALL) -> Tensor:
+        """Return some rows of the weight, (O', H) float32, as this multiplies with them."""
         num_out, num_in = self.shape
-        pairs = self._codes.permute(0, 2, 1).flatten(0, 1)[:num_out]
-        codes = torch.stack([pairs % 16, pairs // 16], dim=-1).flatten(1)
-        scales = self._scales.permute(0, 2, 1).flatten(0, 1)[:num_out]
-        return (self._table[codes.int()].view(num_out, -1, _NF4_BLOCK) * scales[..., None]).view(num_out, num_in)
+        pairs = self._codes.permute(0, 2, 1).flatten(0, 1)[:num_out][rows]
+        scales = self._scales.permute(0, 2, 1).flatten(0, 1)[:num_out][rows]
+        both = torch.stack([self._table.repeat(16), self._table.repeat_interleave(16)], dim=1)  # Of every byte.
+        blocks = both[pairs.to(torch.int32)].reshape(*scales.shape, _NF4_BLOCK)
+        return (blocks * scales[..., None]).view(-1, num_in)
 
 
 def nf4_parts(weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -205,12 +207,12 @@ class Int8Weight:
         )
         return y
 
-    def unpacked(self) -> Tensor:
-        """Return the weight (O, H) float32 this multiplies with."""
+    def unpacked(self, rows: slice = _ALL) -> Tensor:
+        """Return some rows of the weight, (O', H) float32, as this multiplies with them."""
         num_out, num_in = self.shape
         codes = self._codes.permute(0, 2, 3, 1, 4).reshape(-1, num_in).to(torch.float32) - _CODE_OFFSET
         scales = self._scales.permute(0, 2, 1).reshape(codes.shape[0], -1)
-        return (codes.view(*scales.shape, -1) * scales[..., None]).view(-1, num_in)[:num_out].contiguous()
+        return (codes.view(*scales.shape, -1) * scales[..., None]).view(-1, num_in)[:num_out][rows].contiguous()
 
 
 def _panels(weight: Tensor, num_outputs: int) -> Tensor:
