@@ -77,7 +77,7 @@ class FloatWeight:
             y.data_ptr(),
             x.data_ptr(),
             self._panels.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            _address(bias),
             x.shape[0],
             num_in,
             num_out,
@@ -116,9 +116,8 @@ class NF4Weight:
             self._codes.data_ptr(),
             self._scales.data_ptr(),
             self._table.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if ahead is None else ahead.data_ptr(),
-            0 if ahead is None else ahead.shape[0],
+            _address(bias),
+            *_list_address(ahead),
             x.shape[0],
             num_in,
             num_out,
@@ -196,9 +195,8 @@ class Int8Weight:
             offsets,
             self._codes.data_ptr(),
             self._scales.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if ahead is None else ahead.data_ptr(),
-            0 if ahead is None else ahead.shape[0],
+            _address(bias),
+            *_list_address(ahead),
             num_rows,
             num_in,
             num_out,
@@ -213,6 +211,15 @@ class Int8Weight:
         codes = self._codes.permute(0, 2, 3, 1, 4).reshape(-1, num_in).to(torch.float32) - _CODE_OFFSET
         scales = self._scales.permute(0, 2, 1).reshape(codes.shape[0], -1)
         return (codes.view(*scales.shape, -1) * scales[..., None]).view(-1, num_in)[:num_out][rows].contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _list_address(ahead: Tensor | None) -> tuple[int, int]:
+    """Return the address of a list (N, 2) and N."""
+    return (0, 0) if ahead is None else (ahead.data_ptr(), ahead.shape[0])
 
 
 def _panels(weight: Tensor, num_outputs: int) -> Tensor:
