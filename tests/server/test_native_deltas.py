@@ -242,5 +242,6 @@ def test_a_kernel_tells_what_it_will_read_each_tensor_once() -> None:
     wide = torch.randn(6, 32)
     slots[1] = SlotWeights(a=wide[:, :20], b=shared[1])
     assert wide.data_ptr() not in read(1)
+    assert read(0) == lines(0)
     slots[0] = slots[4]
-    assert read(0) == lines(4)
+    assert read(0) == lines(4)  # The same owners, another adapter.
